@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aiprod_core.errors import CheckpointError
@@ -68,6 +69,14 @@ class KeyMap:
                     return None
                 return new + key[len(old) :]
         return None
+
+    def publish(self, name: str) -> str:
+        """The file's name for a module's: the inverse of `rename`, by the most specific prefix."""
+        old, new = max(
+            (entry for entry in self.prefixes if name.startswith(entry[1])),
+            key=lambda entry: len(entry[1]),
+        )
+        return old + name[len(new) :]
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,9 @@ class Checkpoint:
                 with safe_open(path, framework="pt", device=str(device)) as file:
                     tensors |= {name: file.get_tensor(name) for name in names}
             except Exception as error:  # safetensors raises its own type, unreadable by users
-                raise CheckpointError(f"{path}: cannot be read ({error}). Fetch it again.") from error
+                raise CheckpointError(
+                    f"{path}: cannot be read ({error}). Fetch it again."
+                ) from error
         return tensors
 
 
@@ -196,6 +207,28 @@ def load_module(
     return module.eval().requires_grad_(False)
 
 
+def save_checkpoint(
+    path: Path,
+    modules: Iterable[tuple[KeyMap, nn.Module]],
+    metadata: Mapping[str, Any],
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Writes modules into one file under their published names; metadata values become JSON text.
+
+    The file appears under its name only when it is whole. `dtype` casts floating tensors.
+    """
+    tensors: dict[str, Tensor] = {}
+    for key_map, module in modules:
+        for name, tensor in module.state_dict().items():
+            cast = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            tensors[key_map.publish(name)] = cast.contiguous()
+    temporary = path.with_name(path.name + ".tmp")
+    text = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
+    save_file(tensors, temporary, metadata=text)
+    temporary.replace(path)
+
+
 def _check_names(
     checkpoint: Checkpoint, wanted: Mapping[str, Tensor], source: Mapping[str, str]
 ) -> None:
@@ -217,7 +250,9 @@ def _check_names(
         )
     unread = [source[name] for name in source if name not in wanted]
     if unread:
-        logger.warning("%s: %d tensors are not used: %s", checkpoint.name, len(unread), _some(unread))
+        logger.warning(
+            "%s: %d tensors are not used: %s", checkpoint.name, len(unread), _some(unread)
+        )
 
 
 def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
@@ -251,8 +286,12 @@ def _read_header(path: Path) -> dict[str, Any]:
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
-            raise CheckpointError(f"{path}: the safetensors header is damaged ({error}).") from error
-    end = max((entry["data_offsets"][1] for k, entry in header.items() if k != "__metadata__"), default=0)
+            raise CheckpointError(
+                f"{path}: the safetensors header is damaged ({error})."
+            ) from error
+    end = max(
+        (entry["data_offsets"][1] for k, entry in header.items() if k != "__metadata__"), default=0
+    )
     if 8 + length + end > size:
         raise CheckpointError(
             f"{path}: cut short: the header promises {8 + length + end} bytes, the file has {size}. "

@@ -32,8 +32,12 @@ _VIDEO_STATISTICS = (
 )
 
 # A stand-alone video VAE file may leave out the "vae." prefix.
-VIDEO_ENCODER = KeyMap((("vae.encoder.", ""), ("encoder.", ""), *_VIDEO_STATISTICS), _EXTRA_STATISTICS)
-VIDEO_DECODER = KeyMap((("vae.decoder.", ""), ("decoder.", ""), *_VIDEO_STATISTICS), _EXTRA_STATISTICS)
+VIDEO_ENCODER = KeyMap(
+    (("vae.encoder.", ""), ("encoder.", ""), *_VIDEO_STATISTICS), _EXTRA_STATISTICS
+)
+VIDEO_DECODER = KeyMap(
+    (("vae.decoder.", ""), ("decoder.", ""), *_VIDEO_STATISTICS), _EXTRA_STATISTICS
+)
 
 _AUDIO_STATISTICS = (("audio_vae.per_channel_statistics.", "per_channel_statistics."),)
 AUDIO_ENCODER = KeyMap((("audio_vae.encoder.", ""), *_AUDIO_STATISTICS), _EXTRA_STATISTICS)

@@ -65,7 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("directory", type=Path, help="a folder laid out as the golden set")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     parser.add_argument("--only", default="", help="run cases whose 'component/case' contains this")
-    parser.add_argument("--trace", action="store_true", help="print the trace of cases that cannot run")
+    parser.add_argument(
+        "--trace", action="store_true", help="print the trace of cases that cannot run"
+    )
     arguments = parser.parse_args(argv)
     folders = sorted(path.parent for path in arguments.directory.rglob("case.json"))
     if not folders:

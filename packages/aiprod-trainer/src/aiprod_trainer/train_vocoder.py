@@ -1,0 +1,162 @@
+"""Trains a vocoder of the LTX-2 classes: log-mel spectrograms to waveforms of the world's sound.
+
+    python -m aiprod_trainer.train_vocoder configs/nano/vocoder.yaml --out runs/vocoder
+
+The loss compares magnitudes of short-time Fourier transforms at several resolutions (Yamamoto et
+al., 2020) and the log-mel itself. A quiet vocoder is the usual failure of such losses on noise; the
+log-mel term, which sees energy and not phase, is what holds the level.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from aiprod_core.errors import InputError
+from aiprod_core.model.audio_vae import AudioVAEConfig
+from aiprod_core.model.mel import log_mel
+from aiprod_core.model.vocoder import Vocoder, VocoderConfig
+from aiprod_trainer.config import Section, read_config
+from aiprod_trainer.optimizers import muon_and_adamw, set_learning_rate, warmup_then_linear_decay
+from aiprod_trainer.run import Run, averaged_copy, update_average
+from aiprod_trainer.world.scene import sample_scene
+from aiprod_trainer.world.sound import synthesise
+
+
+class VocoderTrainingConfig(Section):
+    vocoder: dict[str, Any]  # the checkpoint's "vocoder" section, published keys
+    audio_vae: dict[str, Any]  # gives the mel front end
+    world: str = "v1"
+    batch_size: int = 8
+    crop_frames: int = 64  # mel frames of a training crop
+    steps: int = 2000
+    warmup_steps: int = 50
+    muon_lr: float = 4e-3
+    adamw_lr: float = 1e-3
+    max_grad_norm: float = 1.0
+    mel_weight: float = 1.0
+    ema_decay: float = 0.998
+    seed: int = 0
+    eval_every: int = 200
+    save_every_s: float = 180.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting")
+    arguments = parser.parse_args(argv)
+    try:
+        config = read_config(arguments.config, VocoderTrainingConfig, arguments.set)
+        train(config, arguments.out)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def train(config: VocoderTrainingConfig, folder: Path) -> Vocoder:
+    """Runs the training to its end and returns the averaged model."""
+    torch.manual_seed(config.seed)
+    vocoder = Vocoder(VocoderConfig.from_metadata(config.vocoder))
+    front_end = AudioVAEConfig.from_metadata(config.audio_vae)
+    average = averaged_copy(vocoder)
+    optimizers = muon_and_adamw(vocoder, muon_lr=config.muon_lr, adamw_lr=config.adamw_lr)
+    run = Run(
+        folder,
+        {"model": vocoder, "average": average, **optimizers},
+        total_steps=config.steps,
+        seed=config.seed,
+        save_every_s=config.save_every_s,
+    )
+    held_out = crops(config, front_end, np.random.default_rng([config.seed, 2**31]), 32)
+    for step in run.steps():
+        mel, waveform = crops(config, front_end, run.numpy_generator(step), config.batch_size)
+        set_learning_rate(
+            optimizers.values(), warmup_then_linear_decay(step, config.steps, config.warmup_steps)
+        )
+        made = vocoder(mel)
+        loss = spectral_loss(made, waveform) + config.mel_weight * mel_loss(made, mel, front_end)
+        for optimizer in optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(vocoder.parameters(), config.max_grad_norm)
+        for optimizer in optimizers.values():
+            optimizer.step()
+        update_average(average, vocoder, step, config.ema_decay)
+        if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
+            run.log(loss=loss.item(), **evaluate(average, *held_out, front_end))
+        elif step % 20 == 0:
+            run.log(loss=loss.item())
+    return average  # type: ignore[return-value]
+
+
+def crops(
+    config: VocoderTrainingConfig, front_end: AudioVAEConfig, rng: np.random.Generator, count: int
+) -> tuple[Tensor, Tensor]:
+    """Log-mel crops (count, 2, crop_frames, bins) and their waveforms (count, 2, samples).
+
+    Half of the crops are chosen around the loudest moment: most of a clip is silence.
+    """
+    sound = np.stack([synthesise(sample_scene(rng, world=config.world)) for _ in range(count)])
+    waveform = torch.from_numpy(sound)
+    mel = log_mel(waveform, front_end)
+    hop = waveform.shape[-1] // (mel.shape[2] - 1)
+    last = mel.shape[2] - 1 - config.crop_frames
+    starts = rng.integers(0, last + 1, count)
+    loudest = mel.mean(dim=(1, 3)).argmax(dim=1).numpy()
+    around = (loudest - rng.integers(0, config.crop_frames, count)).clip(0, last)
+    starts = np.where(np.arange(count) % 2 == 0, around, starts)
+    mels = [m[:, s : s + config.crop_frames] for m, s in zip(mel, starts, strict=True)]
+    # Mel frame i is centred on sample i * hop, and the vocoder's output begins at frame 0.
+    samples = config.crop_frames * hop
+    parts = [w[:, s * hop : s * hop + samples] for w, s in zip(waveform, starts, strict=True)]
+    return torch.stack(mels), torch.stack(parts)
+
+
+def spectral_loss(made: Tensor, wanted: Tensor) -> Tensor:
+    """Spectral convergence and log-magnitude distance, averaged over four window lengths."""
+    losses = []
+    for n_fft in (128, 256, 512, 1024):
+        a, b = magnitude(made, n_fft), magnitude(wanted, n_fft)
+        convergence = (a - b).norm() / b.norm().clamp_min(1e-4)
+        losses.append(
+            convergence + (a.clamp_min(1e-3).log() - b.clamp_min(1e-3).log()).abs().mean()
+        )
+    return torch.stack(losses).mean()
+
+
+def magnitude(waveform: Tensor, n_fft: int) -> Tensor:
+    """(B, 2, samples) -> (2B, n_fft/2 + 1, frames)."""
+    window = torch.hann_window(n_fft, device=waveform.device)
+    spectrum = torch.stft(
+        waveform.flatten(0, 1), n_fft, n_fft // 4, window=window, return_complex=True
+    )
+    return (torch.view_as_real(spectrum).square().sum(-1) + 1e-8).sqrt()
+
+
+def mel_loss(made: Tensor, mel: Tensor, front_end: AudioVAEConfig) -> Tensor:
+    """Distance of log-mels, away from the crop's ends, whose windows saw the missing context."""
+    again = log_mel(made, front_end)[:, :, 4 : mel.shape[2] - 4]
+    floor = -8.0  # below this all is silence
+    return F.l1_loss(again.clamp_min(floor), mel[:, :, 4:-4].clamp_min(floor))
+
+
+@torch.no_grad()
+def evaluate(
+    vocoder: nn.Module, mel: Tensor, waveform: Tensor, front_end: AudioVAEConfig
+) -> dict[str, float]:
+    """Log-mel distance (nats) and level error (dB, made over wanted) on held-out crops."""
+    made = vocoder(mel)
+    level = 10 * (made.square().mean() / waveform.square().mean()).log10()
+    return {"mel_l1": mel_loss(made, mel, front_end).item(), "level_db": level.item()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
