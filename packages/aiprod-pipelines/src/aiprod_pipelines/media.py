@@ -1,0 +1,459 @@
+"""Images, video and sound in and out of files, with PyAV and Pillow.
+
+Frames are uint8 arrays in sRGB: one frame (height, width, 3), a chunk (frames, height, width, 3).
+Sound is a float32 array (channels, samples) in [-1, 1]. A file that cannot be used raises
+InputError with one sentence. Nothing here needs torch, so reading a file's header is quick.
+"""
+
+import io
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import av.error
+import numpy as np
+from av.audio.resampler import AudioResampler
+from av.container import InputContainer, OutputContainer
+from av.video.reformatter import ColorRange, Colorspace
+from numpy.typing import NDArray
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from aiprod_core.errors import InputError
+
+Frame = NDArray[np.uint8]
+Samples = NDArray[np.float32]
+
+BT709 = 1  # the same number names the matrix, the primaries and the transfer curve in H.264
+LIMITED_RANGE = 1
+FULL_RANGE = 2
+
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@dataclass(frozen=True)
+class Audio:
+    """A sound: samples (channels, samples) in [-1, 1] and their rate in Hz."""
+
+    samples: Samples
+    sample_rate: int
+
+    @property
+    def duration_s(self) -> float:
+        return self.samples.shape[-1] / self.sample_rate
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What a file holds; fields of an absent track are None. `metadata` is the container's."""
+
+    path: Path
+    duration_s: float
+    width: int | None
+    height: int | None
+    fps: float | None
+    num_frames: int | None
+    video_codec: str | None
+    audio_codec: str | None
+    audio_sample_rate: int | None
+    audio_channels: int | None
+    metadata: Mapping[str, str]
+
+
+# Reading.
+
+
+def probe(path: str | Path) -> MediaInfo:
+    """Reads the tracks' headers. `num_frames` is counted where the container does not say."""
+    with _open_media(path) as container:
+        video = next(iter(container.streams.video), None)
+        audio = next(iter(container.streams.audio), None)
+        if video is None and audio is None:
+            raise InputError(f"{path}: neither a video nor a sound track in this file.")
+        stream = video or audio
+        duration_s = (container.duration or 0) / av.time_base
+        if stream is not None and stream.duration and stream.time_base:
+            duration_s = float(stream.duration * stream.time_base)
+        fps = float(video.average_rate or video.guessed_rate or 0) if video else None
+        num_frames = video.frames or sum(1 for _ in container.demux(video)) if video else None
+        return MediaInfo(
+            path=Path(path),
+            duration_s=duration_s,
+            width=video.width if video else None,
+            height=video.height if video else None,
+            fps=fps,
+            num_frames=num_frames,
+            video_codec=video.codec_context.name if video else None,
+            audio_codec=audio.codec_context.name if audio else None,
+            audio_sample_rate=audio.sample_rate if audio else None,
+            audio_channels=audio.channels if audio else None,
+            metadata=dict(container.metadata),
+        )
+
+
+def read_image(path: str | Path) -> Frame:
+    """An image as (height, width, 3): upright by its EXIF tag, in sRGB, alpha over black."""
+    _check_file(path)
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            profile = image.info.get("icc_profile")
+            if image.mode.startswith("I;16"):
+                # Pillow's own conversion would clip 16-bit greys to white.
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            has_alpha = image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info
+            if profile and image.mode in ("RGB", "RGBA", "L", "CMYK"):
+                image = _to_srgb(image, profile)
+            if has_alpha:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+            return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: not an image that can be read; give a PNG or JPEG.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: the image is damaged ({error}).") from error
+
+
+def read_frames(path: str | Path) -> Iterator[Frame]:
+    """Yields a video's frames (height, width, 3) in order, upright, one at a time.
+
+    Raises InputError when the file has no picture or no frame of it can be decoded.
+    """
+    with _open_media(path) as container:
+        if not container.streams.video:
+            raise InputError(f"{path}: no video track in this file.")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        count = 0
+        for frame in container.decode(stream):
+            count += 1
+            yield _to_rgb(frame)
+        if not count:
+            raise InputError(f"{path}: no frame of this video can be decoded.")
+
+
+def read_audio(
+    path: str | Path, *, sample_rate: int | None = None, channels: int | None = None
+) -> Audio:
+    """The first sound track of any file that has one, on the file's own time axis.
+
+    Samples before time 0 (encoder delay) are dropped and a late start is filled with silence, so
+    sample i sounds at i / sample_rate. `channels` 1 or 2 mixes; mono becomes stereo by doubling.
+    """
+    if channels not in (None, 1, 2):
+        raise InputError(f"channels must be 1 or 2; got {channels}.")
+    with _open_media(path) as container:
+        if not container.streams.audio:
+            raise InputError(f"{path}: no sound track in this file.")
+        stream = container.streams.audio[0]
+        rate = sample_rate or stream.sample_rate
+        layout = {1: "mono", 2: "stereo"}.get(channels or stream.channels)
+        resampler = AudioResampler(format="fltp", layout=layout, rate=rate)
+        pieces: list[Samples] = []
+        start_s: float | None = None
+        for frame in container.decode(stream):
+            if start_s is None:
+                start_s = frame.time or 0.0
+            pieces += _as_arrays(resampler.resample(frame))
+        if not pieces or start_s is None:
+            raise InputError(f"{path}: no sound of this file can be decoded.")
+        pieces += _as_arrays(resampler.resample(None))
+    samples = np.concatenate(pieces, axis=1)
+    offset = round(start_s * rate)
+    if offset > 0:
+        samples = np.pad(samples, ((0, 0), (offset, 0)))
+    return Audio(np.ascontiguousarray(samples[:, max(0, -offset) :]), rate)
+
+
+def resample(audio: Audio, sample_rate: int, *, channels: int | None = None) -> Audio:
+    """The same sound at another rate, mixed to `channels` (1 or 2) if given."""
+    if audio.sample_rate == sample_rate and channels in (None, audio.samples.shape[0]):
+        return audio
+    layout = {1: "mono", 2: "stereo"}[channels or audio.samples.shape[0]]
+    resampler = AudioResampler(format="fltp", layout=layout, rate=sample_rate)
+    source = _to_audio_frame(audio.samples, audio.sample_rate)
+    pieces = _as_arrays(resampler.resample(source)) + _as_arrays(resampler.resample(None))
+    return Audio(np.concatenate(pieces, axis=1), sample_rate)
+
+
+# Writing.
+
+
+def write_video(
+    path: str | Path,
+    chunks: Iterable[Any],
+    fps: float,
+    *,
+    audio: Audio | None = None,
+    metadata: Mapping[str, str] | None = None,
+    crf: int = 19,
+) -> int:
+    """Writes an H.264 + AAC MP4 that players can start at once; returns the number of frames.
+
+    `chunks` (frames, height, width, 3) uint8, arrays or CPU tensors, are encoded as they come, with
+    the sound interleaved by time. Pixels are yuv420p, tagged BT.709 in limited range; an odd side
+    grows by one repeated row or column, which 4:2:0 needs. The file appears under its own name
+    only when whole: on any error or interrupt nothing is left.
+    """
+    path = Path(path)
+    check_output_path(path)
+    rate = Fraction(fps).limit_denominator(1001)
+    with (
+        _replaced_when_whole(path) as temporary,
+        av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
+        container.metadata.update(metadata or {})
+        return _encode(container, chunks, rate, audio, crf)
+
+
+def enlarge(
+    chunks: Iterable[Any], *, height: int, width: int, method: str = "bicubic"
+) -> Iterator[Frame]:
+    """Resizes every frame of every chunk for viewing. Methods: nearest, bicubic, lanczos."""
+    if method not in RESAMPLING:
+        raise InputError(f"enlarge method must be one of {', '.join(RESAMPLING)}; got {method}.")
+    for chunk in chunks:
+        frames = np.asarray(chunk)
+        yield np.stack([_resize(frame, height, width, RESAMPLING[method]) for frame in frames])
+
+
+def check_output_path(path: str | Path) -> None:
+    """Raises InputError when a file cannot be written at `path`, before any work is done."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory; give a file name such as {path / 'clip.mp4'}.")
+    if path.suffix.lower() != ".mp4":
+        raise InputError(f"{path}: the output is an MP4; try {path.with_suffix('.mp4')}.")
+    parent = path.parent
+    if not parent.is_dir():
+        raise InputError(f"{path}: the folder {parent} does not exist; make it first.")
+    if not os.access(parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise InputError(f"{path}: cannot be written; choose a place where you may write.")
+
+
+# Preparing conditions.
+
+
+def prepare_frame(frame: Frame, height: int, width: int) -> Frame:
+    """Resizes to cover (height, width), sides rounded up, and crops the centre.
+
+    Bilinear, with Pillow's anti-aliasing when it shrinks: plain bilinear would alias a photograph
+    that is many times larger than the clip.
+    """
+    scale = max(height / frame.shape[0], width / frame.shape[1])
+    # The tolerance keeps 0.1 + 0.2 arithmetic from adding a row to an exact fit.
+    cover_height = max(height, math.ceil(frame.shape[0] * scale - 1e-6))
+    cover_width = max(width, math.ceil(frame.shape[1] * scale - 1e-6))
+    covered = _resize(frame, cover_height, cover_width, Image.Resampling.BILINEAR)
+    top, left = (cover_height - height) // 2, (cover_width - width) // 2
+    return covered[top : top + height, left : left + width]
+
+
+def compress_frame(frame: Frame, crf: int) -> Frame:
+    """One H.264 round trip: a still image gets the texture of the videos a model learnt from.
+
+    An odd side loses its last row or column. `crf` 0 returns the frame as it is.
+    """
+    if crf == 0:
+        return frame
+    height, width = frame.shape[0] // 2 * 2, frame.shape[1] // 2 * 2
+    if height == 0 or width == 0:
+        return frame
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = _add_video_stream(container, Fraction(1), height, width, crf, "veryfast")
+        container.mux(stream.encode(_to_yuv420p(frame[:height, :width])))
+        container.mux(stream.encode())
+    buffer.seek(0)
+    with av.open(buffer, "r") as container:
+        return _to_rgb(next(container.decode(video=0)))
+
+
+# Parts.
+
+
+@contextmanager
+def _open_media(path: str | Path) -> Iterator[InputContainer]:
+    """Opens a file for reading; FFmpeg's errors, also later ones, become InputError."""
+    _check_file(path)
+    try:
+        with av.open(str(path)) as container:
+            yield container
+    except (av.error.FFmpegError, av.error.EOFError) as error:
+        raise InputError(
+            f"{path}: not media that can be read, or damaged ({error.strerror})."
+        ) from error
+
+
+def _check_file(path: str | Path) -> None:
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory; give a file.")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file.")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty.")
+
+
+@contextmanager
+def _replaced_when_whole(path: Path) -> Iterator[Path]:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:  # also on KeyboardInterrupt
+        temporary.unlink(missing_ok=True)
+
+
+def _encode(
+    container: OutputContainer,
+    chunks: Iterable[Any],
+    rate: Fraction,
+    audio: Audio | None,
+    crf: int,
+) -> int:
+    """Encodes frames as they come and keeps the sound level with the picture."""
+    frames = (frame for chunk in chunks for frame in np.asarray(chunk))
+    first = next(frames, None)
+    if first is None:
+        raise InputError("There is no frame to write.")
+    # Streams must be declared before the first packet is written.
+    shape = first.shape
+    height, width = (side + side % 2 for side in shape[:2])
+    video_stream = _add_video_stream(container, rate, height, width, crf, "medium")
+    sound = _SoundTrack(container, audio) if audio is not None else None
+
+    count = 0
+    frame: Frame | None = first
+    del first  # a view that would keep its whole chunk alive
+    while frame is not None:
+        if frame.shape != shape:
+            raise InputError(f"Frame {count} is {frame.shape}, the first is {shape}.")
+        picture = _to_yuv420p(_pad_to_even(frame))
+        picture.pts, picture.time_base = count, 1 / rate
+        container.mux(video_stream.encode(picture))
+        count += 1
+        if sound is not None:
+            sound.write_until(float(count / rate))
+        frame = next(frames, None)
+    container.mux(video_stream.encode())
+    if sound is not None:
+        sound.finish()
+    return count
+
+
+class _SoundTrack:
+    """The sound on its way into the container, a stretch at a time."""
+
+    def __init__(self, container: OutputContainer, audio: Audio):
+        channels, _ = audio.samples.shape
+        if channels not in (1, 2):
+            raise InputError(f"Sound must have 1 or 2 channels; got {channels}.")
+        self.container, self.audio, self.position = container, audio, 0
+        layout = "stereo" if channels == 2 else "mono"
+        self.stream = container.add_stream("aac", rate=audio.sample_rate, layout=layout)
+        self.stream.bit_rate = 96_000 * channels
+
+    def write_until(self, time_s: float) -> None:
+        end = min(round(time_s * self.audio.sample_rate), self.audio.samples.shape[1])
+        if end > self.position:
+            piece = _to_audio_frame(
+                self.audio.samples[:, self.position : end], self.audio.sample_rate
+            )
+            piece.pts, piece.time_base = self.position, Fraction(1, self.audio.sample_rate)
+            self.container.mux(self.stream.encode(piece))
+            self.position = end
+
+    def finish(self) -> None:
+        self.write_until(self.audio.duration_s)
+        self.container.mux(self.stream.encode())
+
+
+def _add_video_stream(
+    container: OutputContainer,
+    rate: Fraction,
+    height: int,
+    width: int,
+    crf: int,
+    preset: str,
+):
+    stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": preset})
+    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+    context = stream.codec_context
+    context.color_range = LIMITED_RANGE
+    context.colorspace = context.color_primaries = context.color_trc = BT709
+    return stream
+
+
+def _to_yuv420p(frame: Frame) -> av.VideoFrame:
+    picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
+        format="yuv420p",
+        src_color_range=ColorRange.JPEG,
+        dst_color_range=ColorRange.MPEG,
+        dst_colorspace=Colorspace.ITU709,
+    )
+    picture.color_range, picture.colorspace = LIMITED_RANGE, BT709
+    return picture
+
+
+def _to_rgb(picture: av.VideoFrame) -> Frame:
+    """RGB by the frame's tags, upright. Untagged: BT.709 from 720 rows up, else BT.601."""
+    matrix = picture.colorspace
+    if matrix not in (1, 4, 5, 6, 7, 9):
+        matrix = Colorspace.ITU709 if picture.height >= 720 else Colorspace.ITU601
+    known_range = picture.color_range if picture.color_range in (1, 2) else None
+    rgb = picture.reformat(
+        format="rgb24",
+        src_colorspace=Colorspace.ITU601 if matrix == 6 else matrix,
+        src_color_range=known_range,
+        dst_color_range=FULL_RANGE,
+    ).to_ndarray()
+    quarter_turns = round(getattr(picture, "rotation", 0) / 90) % 4
+    return np.ascontiguousarray(np.rot90(rgb, quarter_turns), dtype=np.uint8)
+
+
+def _to_audio_frame(samples: Samples, sample_rate: int) -> av.AudioFrame:
+    layout = "stereo" if samples.shape[0] == 2 else "mono"
+    clipped = np.ascontiguousarray(np.clip(samples, -1.0, 1.0), dtype=np.float32)
+    frame = av.AudioFrame.from_ndarray(clipped, format="fltp", layout=layout)
+    frame.sample_rate = sample_rate
+    return frame
+
+
+def _as_arrays(pieces: list[av.AudioFrame]) -> list[Samples]:
+    return [piece.to_ndarray().astype(np.float32) for piece in pieces]
+
+
+def _resize(frame: Frame, height: int, width: int, method: Image.Resampling) -> Frame:
+    if frame.shape[:2] == (height, width):
+        return frame
+    return np.asarray(Image.fromarray(frame).resize((width, height), method))
+
+
+def _pad_to_even(frame: Frame) -> Frame:
+    height, width, _ = frame.shape
+    if height % 2 == 0 and width % 2 == 0:
+        return frame
+    return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+
+
+def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """Converts from the embedded ICC profile; a broken profile leaves the pixels as they are."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = image.mode if image.mode in ("RGB", "RGBA") else "RGB"
+        converted = ImageCms.profileToProfile(
+            image, source, ImageCms.createProfile("sRGB"), outputMode=mode
+        )
+    except (ImageCms.PyCMSError, OSError):
+        return image
+    return converted if converted is not None else image
