@@ -134,11 +134,14 @@ class _Box:
     def windows(self):
         """Yields (frame, rows, columns, window inside the box) with the box cut at the border."""
         for frame, (top, left) in enumerate(zip(self.top, self.left, strict=True)):
-            t, b = max(top, 0), min(top + self.side, self.size)
-            l, r = max(left, 0), min(left + self.side, self.size)
-            if t < b and l < r:
-                inner = (slice(t - top, b - top), slice(l - left, r - left))
-                yield frame, slice(t, b), slice(l, r), inner
+            rows = slice(max(top, 0), min(top + self.side, self.size))
+            columns = slice(max(left, 0), min(left + self.side, self.size))
+            if rows.start < rows.stop and columns.start < columns.stop:
+                inner = (
+                    slice(rows.start - top, rows.stop - top),
+                    slice(columns.start - left, columns.stop - left),
+                )
+                yield frame, rows, columns, inner
 
 
 def _draw_body(frames: np.ndarray, scene: Scene, body: Body) -> None:

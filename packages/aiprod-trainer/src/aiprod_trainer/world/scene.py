@@ -16,6 +16,7 @@ import numpy as np
 
 from aiprod_core.errors import InputError
 
+WORLDS = ("v1",)
 SHAPES = ("ball", "cube", "star", "triangle", "ring", "heart")
 MATERIALS = ("rubber", "wood", "metal", "glass")
 MOTIONS = ("bounce", "roll left", "roll right", "fall", "pulse")
@@ -211,6 +212,7 @@ def _events(body: Body, index: int, duration_s: float) -> list[Event]:
 def sample_scene(
     rng: np.random.Generator,
     *,
+    world: str = "v1",
     shape: str | None = None,
     colour: str | None = None,
     size: str | None = None,
@@ -222,6 +224,7 @@ def sample_scene(
 
     Raises InputError for an unknown word or for a colour that would vanish before the background.
     """
+    _check("world", WORLDS, world)
     size = _choose(rng, "size", tuple(SIZES), size)
     shape = _choose(rng, "shape", SHAPES, shape)
     material = _choose(rng, "material", MATERIALS, material)
@@ -273,7 +276,7 @@ def visible_colours(background: str) -> tuple[str, ...]:
 
 
 def lab(rgb: np.ndarray) -> np.ndarray:
-    """CIE L*a*b* (D65) of sRGB values 0..255, over the last axis: distances as the eye sees them."""
+    """CIE L*a*b* (D65) of sRGB values 0..255, over the last axis (perceived distances)."""
     c = np.asarray(rgb, dtype=np.float64) / 255
     linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
     xyz = linear @ _RGB_TO_XYZ.T / _WHITE

@@ -16,15 +16,15 @@ SAMPLE_RATE = 16_000
 # Modes of a struck medium-sized object: (frequency in Hz, level, decay time in s).
 MODES = {
     "rubber": ((120.0, 1.0, 0.10), (205.0, 0.25, 0.05)),
-    "wood": ((400.0, 1.0, 0.055), (640.0, 0.45, 0.040), (1010.0, 0.18, 0.02)),
+    "wood": ((400.0, 1.0, 0.075), (640.0, 0.45, 0.050), (1010.0, 0.18, 0.02)),
     "metal": ((1210.0, 1.0, 0.32), (1790.0, 0.6, 0.26), (2060.0, 0.25, 0.22), (3300.0, 0.2, 0.12)),
     "glass": ((2650.0, 1.0, 0.11), (4080.0, 0.55, 0.08), (5700.0, 0.3, 0.05)),
 }
-LEVEL = {"rubber": 0.95, "wood": 0.9, "metal": 0.5, "glass": 0.6}  # about equally loud
+LEVEL = {"rubber": 0.95, "wood": 0.9, "metal": 0.6, "glass": 0.65}  # about equally loud
 BEEP_HZ = {"small": 988.0, "medium": 784.0, "large": 622.0, "huge": 494.0}
 BEEP_LEVEL = 0.25
 ROLL_BAND_HZ, SLIDE_BAND_HZ = (180.0, 520.0), (1500.0, 3600.0)
-ROLL_LEVEL = 0.16  # root mean square at the world's usual speed
+ROLL_LEVEL, SLIDE_LEVEL = 0.16, 0.10  # root mean square at 0.3 frame widths per second
 
 
 def synthesise(scene: Scene, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
@@ -96,6 +96,7 @@ def _friction(body: Body, times: np.ndarray, seed: int, sample_rate: int) -> np.
     """Band noise, louder with speed; round things rumble once a turn, the others scrape evenly."""
     rolls = body.shape in ROUND
     low, high = ROLL_BAND_HZ if rolls else SLIDE_BAND_HZ
+    level = ROLL_LEVEL if rolls else SLIDE_LEVEL
     length = fft.next_fast_len(len(times), real=True)
     noise = np.random.default_rng(seed).standard_normal(length)
     hz = fft.rfftfreq(length, 1 / sample_rate)
@@ -103,7 +104,7 @@ def _friction(body: Body, times: np.ndarray, seed: int, sample_rate: int) -> np.
         -np.square(np.log2(np.maximum(hz, 1) / np.sqrt(low * high)) / np.log2(high / low))
     )
     noise = fft.irfft(fft.rfft(noise) * band, length)[: len(times)]
-    noise *= ROLL_LEVEL * np.sqrt(abs(body.speed) / 0.3) / noise.std()
+    noise *= level * np.sqrt(abs(body.speed) / 0.3) / noise.std()
     if rolls:
         noise *= 1 + 0.3 * np.cos(body.speed * times / body.radius)
     return noise * np.clip(times / 0.03, 0, 1)
