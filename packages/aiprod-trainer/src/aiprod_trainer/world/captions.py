@@ -162,11 +162,11 @@ HELD_OUT: dict[str, dict[str, tuple[str, ...]]] = {
         "bounce": ("rebounds off the ground repeatedly", "springs up and down"),
         "roll left": (
             "travels from the right edge over to the left",
-            "{moves} in the left direction",
+            "heads left",
         ),
         "roll right": (
             "travels from the left edge over to the right",
-            "{moves} in the right direction",
+            "heads right",
         ),
         "fall": ("plunges to the ground and rests", "tumbles down and comes to rest"),
         "pulse": ("throbs", "expands and contracts"),
