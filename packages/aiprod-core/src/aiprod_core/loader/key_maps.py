@@ -44,7 +44,8 @@ AUDIO_ENCODER = KeyMap((("audio_vae.encoder.", ""), *_AUDIO_STATISTICS), _EXTRA_
 AUDIO_DECODER = KeyMap((("audio_vae.decoder.", ""), *_AUDIO_STATISTICS), _EXTRA_STATISTICS)
 
 # Only the first "vocoder." goes: the 2.3 file has vocoder.vocoder., vocoder.bwe_generator., ...
-VOCODER = KeyMap((("vocoder.", ""),))
+# The inverse transform that is stored with the forward one is never used.
+VOCODER = KeyMap((("vocoder.", ""),), ignored=("stft_fn.inverse_basis",))
 
 UPSAMPLER = KeyMap((("", ""),))
 DURATION_HEAD = KeyMap((("duration_head.", ""),))
