@@ -4,12 +4,45 @@ Each reads its section of the header's config, builds the network and fills it. 
 the file's own precision.
 """
 
+import re
+from pathlib import Path
+from typing import Any
+
 import torch
 
+from aiprod_core.errors import CheckpointError, InputError
 from aiprod_core.loader import key_maps
 from aiprod_core.loader.checkpoint import Checkpoint, load_module
 from aiprod_core.model.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
+from aiprod_core.model.text_encoder import GEMMA_HUB_ID, GemmaEncoder, MiniLMEncoder, TextEncoder
+from aiprod_core.model.video_vae import VideoDecoder, VideoEncoder, VideoVAEConfig
 from aiprod_core.model.vocoder import Vocoder, VocoderConfig
+
+
+def load_video_encoder(
+    checkpoint: Checkpoint, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> VideoEncoder:
+    config = VideoVAEConfig.from_metadata(checkpoint.section("vae"))
+    return load_module(
+        checkpoint,
+        key_maps.VIDEO_ENCODER,
+        lambda: VideoEncoder(config),
+        dtype=dtype,
+        device=device,
+    )
+
+
+def load_video_decoder(
+    checkpoint: Checkpoint, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> VideoDecoder:
+    config = VideoVAEConfig.from_metadata(checkpoint.section("vae"))
+    return load_module(
+        checkpoint,
+        key_maps.VIDEO_DECODER,
+        lambda: VideoDecoder(config),
+        dtype=dtype,
+        device=device,
+    )
 
 
 def load_audio_encoder(
@@ -50,3 +83,68 @@ def load_vocoder(
         dtype=torch.float32 if config.bwe else dtype,
         device=device,
     )
+
+
+def load_text_encoder(
+    checkpoint: Checkpoint,
+    text_encoder_path: str | Path | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> TextEncoder:
+    """The language model that the checkpoint was trained with.
+
+    The config section `text_encoder` names it: {"type": "minilm", "max_length": 64} is the one in
+    `text_encoder/` beside the checkpoint; without a section it is Gemma 3, for which
+    `text_encoder_path` (a folder or a hub id) must be given. Raises InputError when it is not, and
+    CheckpointError for an encoder of another kind or size.
+    """
+    section: dict[str, Any] = checkpoint.config.get("text_encoder") or {"type": "gemma3"}
+    match section.get("type"):
+        case "minilm":
+            return MiniLMEncoder.load(
+                text_encoder_path or checkpoint.paths[0].parent / "text_encoder",
+                max_length=section.get("max_length", 64),
+                device=device,
+                dtype=dtype or torch.float32,
+            )
+        case "gemma3":
+            _check_gemma_version(checkpoint)
+            if text_encoder_path is None:
+                raise InputError(
+                    f"{checkpoint.name} needs a text encoder: give --text-encoder FOLDER "
+                    f"or --text-encoder {GEMMA_HUB_ID}"
+                )
+            return GemmaEncoder.load(
+                text_encoder_path,
+                max_length=section.get("max_length", 1024),
+                num_features=_text_features(checkpoint),
+                device=device,
+                dtype=dtype or torch.bfloat16,
+            )
+        case other:
+            raise CheckpointError(
+                f'{checkpoint.paths[0]}: text_encoder type "{other}" is not supported; '
+                "supported are gemma3 and minilm"
+            )
+
+
+def _check_gemma_version(checkpoint: Checkpoint) -> None:
+    """Files from 2.5 on say which Gemma they were trained with."""
+    source = checkpoint.metadata.get("gemma_source_checkpoint")
+    if not isinstance(source, dict) or "gemma_version" not in source:
+        return
+    version = str(source["gemma_version"])
+    if re.findall(r"\d+", version)[:1] != ["3"]:
+        raise CheckpointError(
+            f'{checkpoint.paths[0]}: gemma_version "{version}" is not supported; supported is 3'
+        )
+
+
+def _text_features(checkpoint: Checkpoint) -> int | None:
+    """Features a token (D * L) that the projection takes; the config does not hold them."""
+    for name in ("aggregate_embed", "video_aggregate_embed"):
+        info = checkpoint.tensors.get(f"text_embedding_projection.{name}.weight")
+        if info is not None and len(info.shape) == 2:
+            return info.shape[1]
+    return None
