@@ -15,7 +15,9 @@ GLOSS = {"rubber": 0.0, "wood": 0.12, "metal": 0.55, "glass": 0.8}
 
 def render(scene: Scene, size: int = 64) -> np.ndarray:
     """Draws the clip as uint8 (F, size, size, 3), sRGB."""
-    frames = np.repeat(backdrop(scene, size)[None], scene.num_frames, axis=0)  # (F, S, S, 3)
+    frames = np.repeat(
+        backdrop(scene.background, size)[None], scene.num_frames, axis=0
+    )  # (F, S, S, 3)
     for body in scene.bodies:
         _draw_shadow(frames, scene, body)
     for body in scene.bodies:
@@ -35,9 +37,9 @@ def object_mask(scene: Scene, size: int = 64) -> np.ndarray:
     return mask
 
 
-def backdrop(scene: Scene, size: int) -> np.ndarray:
+def backdrop(background: str, size: int) -> np.ndarray:
     """The empty stage, float32 (size, size, 3) in 0..255."""
-    tones = BACKGROUNDS[scene.background]
+    tones = BACKGROUNDS[background]
     horizon = FLOOR_Y - 0.1
     y = (np.arange(size, dtype=np.float32) + 0.5) / size
     wall = _mix(tones.top, tones.bottom, np.clip(y / horizon, 0, 1))  # (S, 3)
