@@ -14,6 +14,8 @@ from aiprod_core.errors import CheckpointError, InputError
 from aiprod_core.loader import key_maps
 from aiprod_core.loader.checkpoint import Checkpoint, load_module
 from aiprod_core.model.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
+from aiprod_core.model.duration_head import DurationHead, DurationHeadConfig
+from aiprod_core.model.text_connector import TextConfig, TextProjector
 from aiprod_core.model.text_encoder import GEMMA_HUB_ID, GemmaEncoder, MiniLMEncoder, TextEncoder
 from aiprod_core.model.video_vae import VideoDecoder, VideoEncoder, VideoVAEConfig
 from aiprod_core.model.vocoder import Vocoder, VocoderConfig
@@ -129,6 +131,41 @@ def load_text_encoder(
             )
 
 
+def load_text_projector(
+    checkpoint: Checkpoint, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> TextProjector:
+    """Feature extractor and both connectors, of either generation."""
+    config = TextConfig.from_metadata(checkpoint.section("transformer"))
+    # The header's config lacks these sizes; without the tensors load_module names what is missing.
+    config = config.resized(
+        _text_features(checkpoint) or config.num_features,
+        _registers(checkpoint, "video") or config.video.num_registers,
+        _registers(checkpoint, "audio") or config.audio.num_registers,
+    )
+    return load_module(
+        checkpoint,
+        key_maps.TEXT_PROJECTOR,
+        lambda: TextProjector(config),
+        dtype=dtype,
+        device=device,
+    )
+
+
+def load_duration_head(
+    checkpoint: Checkpoint, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> DurationHead:
+    config = DurationHeadConfig.from_metadata(
+        checkpoint.section("duration_head"), checkpoint.config.get("transformer") or {}
+    )
+    return load_module(
+        checkpoint,
+        key_maps.DURATION_HEAD,
+        lambda: DurationHead(config),
+        dtype=dtype,
+        device=device,
+    )
+
+
 def _check_gemma_version(checkpoint: Checkpoint) -> None:
     """Files from 2.5 on say which Gemma they were trained with."""
     source = checkpoint.metadata.get("gemma_source_checkpoint")
@@ -148,3 +185,9 @@ def _text_features(checkpoint: Checkpoint) -> int | None:
         if info is not None and len(info.shape) == 2:
             return info.shape[1]
     return None
+
+
+def _registers(checkpoint: Checkpoint, modality: str) -> int | None:
+    key = f"model.diffusion_model.{modality}_embeddings_connector.learnable_registers"
+    info = checkpoint.tensors.get(key)
+    return info.shape[0] if info is not None else None
