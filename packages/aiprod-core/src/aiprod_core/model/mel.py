@@ -46,8 +46,10 @@ def log_mel(waveform: Tensor, config: AudioVAEConfig) -> Tensor:
 def resample(waveform: Tensor, from_hz: int, to_hz: int) -> Tensor:
     """Changes the rate of (..., samples) with a windowed sinc.
 
-    Hann window, 6 zero crossings, roll-off 0.99. The result has ceil(samples x to / from) samples. A polyphase filter: one kernel for each of the
-    `to` phases (rates divided by their common factor), moved `from` samples at a time.
+    Hann window, 6 zero crossings, roll-off 0.99. The result has ceil(samples x to / from) samples.
+    A polyphase filter: one kernel for each of the `to` phases (rates divided by their common
+    factor), moved `from` samples at a time. Raises InputError for rates whose common factor is so
+    small that the kernels would fill the memory.
     """
     if from_hz == to_hz:
         return waveform
@@ -55,6 +57,11 @@ def resample(waveform: Tensor, from_hz: int, to_hz: int) -> Tensor:
         raise InputError(f"sample rates must be positive; got {from_hz} and {to_hz}")
     common = math.gcd(from_hz, to_hz)
     step, phases = from_hz // common, to_hz // common
+    if step * phases > 50_000_000:
+        raise InputError(
+            f"cannot resample {from_hz} Hz to {to_hz} Hz: the rates have too small a common factor "
+            f"({common}); resample the sound to 48000 Hz first"
+        )
     kernels = _polyphase_kernels(step, phases).to(waveform.device)  # (phases, 1, taps)
     width = (kernels.shape[2] - step) // 2
     samples = waveform.shape[-1]
@@ -69,7 +76,8 @@ def resample(waveform: Tensor, from_hz: int, to_hz: int) -> Tensor:
 def mel_filterbank(sampling_rate: int, n_fft: int, num_mels: int) -> Tensor:
     """Triangular filters (num_mels, n_fft / 2 + 1), equal area, on Slaney's mel scale.
 
-    They reach from 0 Hz to half the sampling rate. Slaney, Auditory Toolbox, 1998. On the CPU, float32; shared, so do not write to it.
+    They reach from 0 Hz to half the sampling rate. Slaney, Auditory Toolbox, 1998. On the CPU,
+    float32; shared between callers, so do not write to it.
     """
     with torch.device("cpu"):
         frequencies = torch.linspace(0, sampling_rate / 2, n_fft // 2 + 1, dtype=torch.float64)

@@ -15,6 +15,12 @@ def run(case: Case) -> dict[str, Any]:
     return _codec(case) if case.description.get("checkpoint") else _front_end(case)
 
 
+def sampling_rate(key: str) -> int:
+    """The rate in the name of a waveform: 16000 of "in.wave_16k" and of "in.wave_16000"."""
+    text = key.rpartition("_")[2]
+    return int(text[:-1]) * 1000 if text.endswith("k") else int(text)
+
+
 def _front_end(case: Case) -> dict[str, Any]:
     """`in.wave_16k` is at the front end's own rate; `in.wave_RATE` is resampled to it first."""
     params = case.params
@@ -26,13 +32,13 @@ def _front_end(case: Case) -> dict[str, Any]:
     )
     out: dict[str, Tensor] = {}
     for key, waveform in case.tensors.items():
-        prefix, _, rate = key.rpartition("_")
-        if prefix != "in.wave":
+        if not key.startswith("in.wave_"):
             continue
-        if rate.endswith("k"):
+        if sampling_rate(key) == config.sampling_rate:
             out["out.logmel"] = log_mel(waveform, config)
         else:
-            resampled = resample(waveform, int(rate), config.sampling_rate)
+            rate = key.removeprefix("in.wave_")
+            resampled = resample(waveform, sampling_rate(key), config.sampling_rate)
             out[f"out.resampled_{rate}"] = resampled
             out[f"out.logmel_{rate}"] = log_mel(resampled, config)
     return out

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from aiprod_core.loader.networks import load_audio_decoder, load_audio_encoder, load_vocoder
-from aiprod_core.model.mel import log_mel
-from aiprod_core.model.vocoder import upsample_hann
+from aiprod_core.model.mel import log_mel, resample
+from aiprod_core.model.vocoder import Vocoder, upsample_hann
+from aiprod_core.parity.audio_vae import sampling_rate
 from aiprod_core.parity.case import Case
 
 
@@ -18,22 +19,22 @@ def run(case: Case) -> dict[str, Any]:
     if mel is not None:
         out["out.waveform"] = vocoder(mel)
         if vocoder.config.bwe:
-            out |= _extension(case, mel)
+            out |= _extension(vocoder, mel)
     latent = case.optional_input("latent")
     if latent is not None:
         decoded_mel = load_audio_decoder(case.checkpoint)(latent)
         out["mid.decoded_mel"] = decoded_mel
         out["out.decoded_waveform"] = vocoder(decoded_mel).squeeze(0)
-    waveform = case.optional_input("wave_16k")
-    if waveform is not None:
-        encoder = load_audio_encoder(case.checkpoint)
-        out["out.encoded"] = encoder(log_mel(waveform, encoder.config))
+    for key, waveform in case.tensors.items():
+        if key.startswith("in.wave_"):
+            encoder = load_audio_encoder(case.checkpoint)
+            waveform = resample(waveform, sampling_rate(key), encoder.config.sampling_rate)
+            out["out.encoded"] = encoder(log_mel(waveform, encoder.config))
     return out
 
 
-def _extension(case: Case, mel: Tensor) -> dict[str, Tensor]:
+def _extension(vocoder: Vocoder, mel: Tensor) -> dict[str, Tensor]:
     """Values on the way through a vocoder with bandwidth extension."""
-    vocoder = load_vocoder(case.checkpoint)
     assert vocoder.config.bwe is not None
     low_rate = vocoder.vocoder(mel)
     bwe_mel = vocoder.mel_stft(low_rate)
