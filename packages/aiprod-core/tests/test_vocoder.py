@@ -1,9 +1,14 @@
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from aiprod_core.errors import CheckpointError, InputError
+from aiprod_core.loader.checkpoint import open_checkpoint
+from aiprod_core.loader.networks import load_vocoder
 from aiprod_core.model.vocoder import (
     BandwidthExtensionConfig,
     CausalMel,
@@ -163,6 +168,26 @@ def test_names_are_the_published_ones_with_the_prefix_off():
         "mel_stft.stft_fn.forward_basis",
         "mel_stft.mel_basis",
     } <= set(Vocoder(EXTENDED).state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "config,dtype", [(PLAIN, torch.bfloat16), (EXTENDED, torch.float32)], ids=["plain", "extended"]
+)
+def test_a_file_in_bfloat16_loads_as_asked_except_for_the_extension(
+    config: VocoderConfig, dtype: torch.dtype, tmp_path: Path
+):
+    saved = Vocoder(config).bfloat16()
+    tensors = {f"vocoder.{name}": tensor for name, tensor in saved.state_dict().items()}
+    if config.bwe:
+        tensors["vocoder.mel_stft.stft_fn.inverse_basis"] = torch.zeros(34, 1, 32)
+    header = {"config": json.dumps({"vocoder": config.to_metadata()})}
+    save_file(tensors, tmp_path / "vocoder.safetensors", header)
+    checkpoint = open_checkpoint(tmp_path / "vocoder.safetensors")
+    loaded = load_vocoder(checkpoint, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {dtype}
+    mel = torch.randn(1, 2, 4, 16).to(dtype)
+    assert torch.equal(loaded(mel), saved.to(dtype)(mel))
 
 
 @pytest.mark.parametrize(
