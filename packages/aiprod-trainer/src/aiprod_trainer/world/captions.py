@@ -109,7 +109,7 @@ WORDS: dict[str, dict[str, tuple[str, ...]]] = {
     "sound": {
         "rubber": ("a dull thud", "a low thud", "a deep, soft thump"),
         "wood": ("a wooden knock", "a dry knock", "a hollow wooden clack"),
-        "metal": ("a metallic ring", "a ringing metal clang", "a bell-like ringing"),
+        "metal": ("a metallic ringing", "a ringing metal clang", "a bell-like ringing"),
         "glass": ("a bright glassy clink", "a high clink", "a glassy ping"),
         "rumble": ("a low rumble", "a deep rolling rumble", "a rumbling noise"),
         "scrape": ("a scraping noise", "a hissing scrape", "a rough scratching noise"),

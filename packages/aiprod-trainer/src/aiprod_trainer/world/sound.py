@@ -103,7 +103,7 @@ def _friction(body: Body, times: np.ndarray, seed: int, sample_rate: int) -> np.
     band = np.exp(
         -np.square(np.log2(np.maximum(hz, 1) / np.sqrt(low * high)) / np.log2(high / low))
     )
-    noise = fft.irfft(fft.rfft(noise) * band, length)[: len(times)]
+    noise = np.asarray(fft.irfft(fft.rfft(noise) * band, length))[: len(times)]
     noise *= level * np.sqrt(abs(body.speed) / 0.3) / noise.std()
     if rolls:
         noise *= 1 + 0.3 * np.cos(body.speed * times / body.radius)
