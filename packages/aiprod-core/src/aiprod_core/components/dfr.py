@@ -79,8 +79,8 @@ def doubled_frames(num_frames: int) -> int:
 def temporal_tiles(positions: tuple[int, ...], count: int) -> list[Tile]:
     """Splits the segments that end at `positions` into at most `count` tiles.
 
-    The first tiles take the segments that do not divide evenly. Every tile but the first starts one segment early and drops that lead-in and the latent of the
-    seam, which the tile before already has.
+    The first tiles take what does not divide evenly. Every tile but the first starts one segment
+    early and drops that lead-in and the latent of the seam, which the tile before already has.
     """
     segments = list(pairwise((0, *positions)))
     count = min(count, len(segments))

@@ -1,0 +1,98 @@
+"""The text path against diffusers' port, in float32 with the same random weights."""
+
+import pytest
+import torch
+
+from aiprod_core.model.text_connector import PROJECTION_2_3, TextConfig, TextProjector
+
+connectors = pytest.importorskip("diffusers.pipelines.ltx2.connectors")
+
+HIDDEN_SIZE, NUM_STATES, LENGTH = 16, 3, 16
+
+COMMON = {
+    "connector_num_learnable_registers": 8,
+    "connector_positional_embedding_max_pos": [4096],
+    "connector_num_layers": 2,
+    "connector_num_attention_heads": 2,
+}
+
+# Our names to theirs.
+NAMES = {
+    "feature_extractor.aggregate_embed": "text_proj_in",
+    "feature_extractor.video_aggregate_embed": "video_text_proj_in",
+    "feature_extractor.audio_aggregate_embed": "audio_text_proj_in",
+    "transformer_1d_blocks": "transformer_blocks",
+    "attn1.q_norm": "attn1.norm_q",
+    "attn1.k_norm": "attn1.norm_k",
+}
+
+
+def pair(style, rope_type, precision):
+    is_2_3 = style == "2.3"
+    section = {
+        **COMMON,
+        "rope_type": rope_type,
+        "frequencies_precision": precision,
+        # 2.0 has one projection, as wide as both connectors and the language model.
+        "connector_attention_head_dim": 10 if is_2_3 else HIDDEN_SIZE // 2,
+    }
+    if is_2_3:
+        section |= {
+            **PROJECTION_2_3,
+            "audio_connector_num_attention_heads": 2,
+            "audio_connector_attention_head_dim": 6,
+            "audio_connector_num_layers": 1,
+            "connector_apply_gated_attention": True,
+        }
+    config = TextConfig.from_metadata(section, HIDDEN_SIZE, NUM_STATES)
+    torch.manual_seed(0)
+    ours = TextProjector(config).eval()
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    theirs = connectors.LTX2TextConnectors(
+        caption_channels=HIDDEN_SIZE,
+        text_proj_in_factor=NUM_STATES,
+        video_connector_num_attention_heads=config.video.heads,
+        video_connector_attention_head_dim=config.video.head_dim,
+        video_connector_num_layers=config.video.num_layers,
+        video_connector_num_learnable_registers=config.video.num_registers,
+        video_gated_attn=is_2_3,
+        audio_connector_num_attention_heads=config.audio.heads,
+        audio_connector_attention_head_dim=config.audio.head_dim,
+        audio_connector_num_layers=config.audio.num_layers,
+        audio_connector_num_learnable_registers=config.audio.num_registers,
+        audio_gated_attn=is_2_3,
+        connector_rope_base_seq_len=4096,
+        rope_double_precision=precision == "float64",
+        rope_type=rope_type,
+        per_modality_projections=is_2_3,
+        video_hidden_dim=config.video.width,
+        audio_hidden_dim=config.audio.width,
+        proj_bias=is_2_3,
+    ).eval()
+    weights = {}
+    for name, tensor in ours.state_dict().items():
+        for old, new in NAMES.items():
+            name = name.replace(old, new)
+        weights[name] = tensor
+    theirs.load_state_dict(weights, strict=True)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("style", ["2.0", "2.3"])
+@pytest.mark.parametrize("rope_type", ["split", "interleaved"])
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_contexts_agree_with_diffusers(style, rope_type, precision, side):
+    ours, theirs = pair(style, rope_type, precision)
+    hidden_states = torch.randn(2, LENGTH, HIDDEN_SIZE, NUM_STATES)
+    counts = torch.tensor([[5], [LENGTH]])
+    mask = (torch.arange(LENGTH) < counts).long()
+    mask = mask.flip(1) if side == "left" else mask
+    video, audio, out_mask = ours(hidden_states, mask)
+    wanted = theirs(hidden_states, mask, padding_side=side)
+    # Float32 rounding through two blocks.
+    torch.testing.assert_close(video, wanted[0], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(audio, wanted[1], atol=2e-5, rtol=2e-5)
+    assert out_mask.tolist() == wanted[2].tolist()
