@@ -5,6 +5,7 @@ the file's own precision.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,61 @@ from aiprod_core.model.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConf
 from aiprod_core.model.duration_head import DurationHead, DurationHeadConfig
 from aiprod_core.model.text_connector import TextConfig, TextProjector
 from aiprod_core.model.text_encoder import GEMMA_HUB_ID, GemmaEncoder, MiniLMEncoder, TextEncoder
+from aiprod_core.model.transformer import Transformer, TransformerConfig
 from aiprod_core.model.video_vae import VideoDecoder, VideoEncoder, VideoVAEConfig
 from aiprod_core.model.vocoder import Vocoder, VocoderConfig
+from aiprod_core.quantization.fp8 import adopt_fp8_weights
+
+# What a network for sound alone reads of a joint file.
+AUDIO_PARTS = (
+    "audio_attn1",
+    "audio_attn2",
+    "audio_ff",
+    "audio_patchify",
+    "audio_proj_out",
+    "audio_adaln_single",
+    "audio_prompt",
+    "audio_scale_shift_table",
+    "audio_caption_projection",
+)
+SCALES = (".weight_scale", ".input_scale")
+
+
+def load_transformer(
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    audio_only: bool = False,
+) -> Transformer:
+    """The transformer without its text connectors, or the audio half of a joint one.
+
+    Weights that the file holds in fp8 stay so, in layers of `quantization.fp8`.
+    """
+    config = TransformerConfig.from_metadata(checkpoint.section("transformer"))
+    if audio_only:
+        config = replace(config, has_video=False)
+    transformer = load_module(
+        checkpoint,
+        key_maps.TRANSFORMER,
+        lambda: Transformer(config),
+        dtype=dtype,
+        device=device,
+        keep=lambda name: (
+            not name.endswith(SCALES)
+            and (not audio_only or any(part in name for part in AUDIO_PARTS))
+        ),
+    )
+    if checkpoint.is_fp8:
+        keys = [key for key in checkpoint.tensors if key.endswith(SCALES)]
+        names = {key: key_maps.TRANSFORMER.rename(key) for key in keys}
+        scales = checkpoint.read((key for key in keys if names[key] is not None), device)
+        adopt_fp8_weights(
+            transformer,
+            {str(names[key]): scale for key, scale in scales.items()},
+            dtype or torch.bfloat16,
+        )
+    return transformer
 
 
 def load_video_encoder(
