@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from aiprod_core.model.text_connector import PROJECTION_2_3, TextConfig, TextProjector
+from aiprod_core.model.text_connector import TextConfig, TextProjector
+from aiprod_core.model.transformer import PROJECTED_TEXT
 
 connectors = pytest.importorskip("diffusers.pipelines.ltx2.connectors")
 
@@ -38,7 +39,7 @@ def pair(style, rope_type, precision):
     }
     if is_2_3:
         section |= {
-            **PROJECTION_2_3,
+            **PROJECTED_TEXT,
             "audio_connector_num_attention_heads": 2,
             "audio_connector_attention_head_dim": 6,
             "audio_connector_num_layers": 1,

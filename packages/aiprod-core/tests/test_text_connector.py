@@ -9,12 +9,12 @@ from aiprod_core.errors import CheckpointError, InputError
 from aiprod_core.loader.checkpoint import open_checkpoint
 from aiprod_core.loader.networks import load_text_encoder, load_text_projector
 from aiprod_core.model.text_connector import (
-    PROJECTION_2_3,
     TextConfig,
     TextProjector,
     scale_by_range,
     scale_by_rms,
 )
+from aiprod_core.model.transformer import PROJECTED_TEXT
 
 HIDDEN_SIZE, NUM_STATES, LENGTH = 6, 3, 16
 
@@ -27,7 +27,7 @@ SECTION_2_0 = {
 }
 SECTION_2_3 = {
     **SECTION_2_0,
-    **PROJECTION_2_3,
+    **PROJECTED_TEXT,
     "audio_connector_num_attention_heads": 2,
     "audio_connector_attention_head_dim": 4,
     "audio_connector_num_layers": 1,
@@ -178,6 +178,13 @@ def test_the_audio_connector_falls_back_to_the_common_keys():
     assert replace(config.audio, head_dim=8, num_layers=2) == config.video
 
 
+@STYLES
+def test_a_config_survives_the_way_through_metadata(section):
+    config = TextConfig.from_metadata(section, HIDDEN_SIZE, NUM_STATES)
+    metadata = json.loads(json.dumps(config.to_metadata()))
+    assert TextConfig.from_metadata(metadata, HIDDEN_SIZE, NUM_STATES) == config
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -193,9 +200,14 @@ def test_unsupported_values_are_refused_by_key_and_value(change, message):
         TextConfig.from_metadata({**SECTION_2_3, **change}, HIDDEN_SIZE, NUM_STATES)
 
 
+def test_connectors_that_share_features_must_be_equally_wide():
+    with pytest.raises(CheckpointError, match=r"is 8 and the video connector's 16"):
+        TextConfig.from_metadata({**SECTION_2_0, "audio_connector_attention_head_dim": 4})
+
+
 def test_a_projection_between_the_generations_is_refused():
     section = {k: v for k, v in SECTION_2_3.items() if k != "caption_proj_input_norm"}
-    with pytest.raises(CheckpointError, match="caption_proj_input_norm is missing beside"):
+    with pytest.raises(CheckpointError, match="without caption_proj_input_norm"):
         TextConfig.from_metadata(section, HIDDEN_SIZE, NUM_STATES)
 
 

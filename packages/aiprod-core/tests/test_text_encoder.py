@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import cosine_similarity
 
 from aiprod_core.errors import CheckpointError, InputError
+from aiprod_core.loader.checkpoint import open_checkpoint
+from aiprod_core.loader.networks import load_text_encoder
 from aiprod_core.model.text_encoder import GemmaEncoder, MiniLMEncoder
 
 aiprod_nano = pytest.importorskip("aiprod_nano")
@@ -108,6 +111,17 @@ def test_minilm_loads_and_encodes_without_a_network(monkeypatch):
     assert states.shape == (1, 8, 384, 7)
 
 
+def test_a_checkpoint_names_the_encoder_in_the_folder_beside_it(tmp_path, minilm):
+    config = {"text_encoder": {"type": "minilm", "max_length": 16}}
+    path = tmp_path / "nano.safetensors"
+    save_file({"w": torch.zeros(1)}, path, metadata={"config": json.dumps(config)})
+    (tmp_path / "text_encoder").symlink_to(MINILM)
+    states, mask = load_text_encoder(open_checkpoint(path)).encode(["a red ball"])
+    wanted, _ = minilm.encode(["a red ball"])
+    torch.testing.assert_close(states, wanted[:, :16])
+    assert mask.shape == (1, 16)
+
+
 def test_minilm_names_the_file_that_is_missing(tmp_path):
     with pytest.raises(CheckpointError, match=r"config\.json is missing"):
         MiniLMEncoder.load(tmp_path)
@@ -144,8 +158,6 @@ def test_gemma_states_do_not_depend_on_the_amount_of_padding(gemma_folder, gemma
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.", "model.language_model."])
 def test_gemma_loads_from_each_published_prefix(gemma_folder, gemma, tmp_path, prefix):
-    from safetensors.torch import load_file, save_file
-
     for file in gemma_folder.iterdir():
         if file.suffix == ".json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -158,8 +170,6 @@ def test_gemma_loads_from_each_published_prefix(gemma_folder, gemma, tmp_path, p
 
 
 def test_gemma_weights_that_lack_a_tensor_are_refused_by_name(gemma_folder, tmp_path):
-    from safetensors.torch import load_file, save_file
-
     for file in gemma_folder.iterdir():
         if file.suffix == ".json":
             (tmp_path / file.name).write_bytes(file.read_bytes())

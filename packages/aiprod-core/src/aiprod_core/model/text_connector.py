@@ -24,25 +24,18 @@ from torch import Tensor, nn
 from aiprod_core.errors import CheckpointError, InputError
 from aiprod_core.model.layers import Attention, FeedForward, rms_norm
 from aiprod_core.model.rope import Rotary, rotary_table
+from aiprod_core.model.transformer import FIXED, PROJECTED_TEXT, is_text_projected, require
 
-# Present with exactly these values in 2.3 files, all absent in 2.0 files.
-PROJECTION_2_3 = {
-    "caption_proj_before_connector": True,
-    "caption_projection_first_linear": False,
-    "caption_proj_input_norm": False,
-    "caption_projection_second_linear": False,
-}
-
-# What the connectors are built for; the config repeats it.
-FIXED = {
-    "activation_fn": "gelu-approximate",
-    "attention_bias": True,
-    "dropout": 0,
-    "norm_elementwise_affine": False,
-    "positional_embedding_type": "rope",
-    "qk_norm": "rms_norm",
-    "standardization_norm": "rms_norm",
-}
+# The fixed facts of the shared section that concern the connectors.
+FIXED_KEYS = (
+    "activation_fn",
+    "attention_bias",
+    "dropout",
+    "norm_elementwise_affine",
+    "positional_embedding_type",
+    "qk_norm",
+    "standardization_norm",
+)
 
 
 @dataclass(frozen=True)
@@ -84,17 +77,18 @@ class TextConfig:
         `connector_num_learnable_registers`): `resized` takes them from the file's tensors. Raises
         CheckpointError naming an unsupported key and value.
         """
-        for key, value in FIXED.items():
-            _expect(config, key, value)
+        for key in FIXED_KEYS:
+            value = config.get(key, FIXED[key])
+            require(key, value, value == FIXED[key], str(FIXED[key]))
         max_positions = config.get("connector_positional_embedding_max_pos", [1])
-        if len(max_positions) != 1:
-            raise _unsupported(config, "connector_positional_embedding_max_pos", "one number")
+        require("connector_positional_embedding_max_pos", max_positions,
+                len(max_positions) == 1, "one number")  # fmt: skip
         rope_type = config.get("rope_type", "split")
-        if rope_type not in ("split", "interleaved"):
-            raise _unsupported(config, "rope_type", "split and interleaved")
+        require("rope_type", rope_type, rope_type in ("split", "interleaved"),
+                "split or interleaved")  # fmt: skip
         precision = config.get("frequencies_precision")
-        if precision not in (None, False, "off", "float32", "float64"):
-            raise _unsupported(config, "frequencies_precision", "float32 and float64")
+        is_known = precision in (None, False, "off", "float32", "float64")
+        require("frequencies_precision", precision, is_known, "float64 or null")
         video = ConnectorConfig(
             heads=config.get("connector_num_attention_heads", 30),
             head_dim=config.get("connector_attention_head_dim", 128),
@@ -113,14 +107,37 @@ class TextConfig:
             head_dim=config.get("audio_connector_attention_head_dim", video.head_dim),
             num_layers=config.get("audio_connector_num_layers", video.num_layers),
         )
-        has_own_projections = _has_own_projections(config)
+        for prefix, connector in (("", video), ("audio_", audio)):
+            require(f"{prefix}connector_attention_head_dim", connector.head_dim,
+                    connector.head_dim % 2 == 0,
+                    "even, since rotary embedding turns pairs")  # fmt: skip
+        has_own_projections = is_text_projected(config)
         if not has_own_projections and video.width != audio.width:
             raise CheckpointError(
-                f"config: audio_connector_num_attention_heads x audio_connector_attention_head_dim "
-                f"is {audio.width}, but without caption_proj_before_connector both connectors read "
-                f"the same features, of width {video.width}"
+                f"transformer config: the audio connector's heads x head_dim is {audio.width} and "
+                f"the video connector's {video.width}; without caption_proj_before_connector both "
+                "read the same features and must be equal"
             )
         return cls(hidden_size * num_states, video, audio, has_own_projections)
+
+    def to_metadata(self) -> dict[str, Any]:
+        """The keys that `from_metadata` reads, to merge into a new file's `transformer` section."""
+        section = {
+            "connector_num_attention_heads": self.video.heads,
+            "connector_attention_head_dim": self.video.head_dim,
+            "connector_num_layers": self.video.num_layers,
+            "connector_num_learnable_registers": self.video.num_registers,
+            "audio_connector_num_attention_heads": self.audio.heads,
+            "audio_connector_attention_head_dim": self.audio.head_dim,
+            "audio_connector_num_layers": self.audio.num_layers,
+            "connector_positional_embedding_max_pos": [self.video.max_position],
+            "connector_apply_gated_attention": self.video.is_gated,
+            "connector_ff_bias": self.video.ff_bias,
+            "positional_embedding_theta": self.video.theta,
+            "rope_type": "interleaved" if self.video.is_interleaved else "split",
+            "frequencies_precision": "float64" if self.video.frequencies_in_float64 else None,
+        }
+        return section | PROJECTED_TEXT if self.has_own_projections else section
 
     def resized(
         self, num_features: int, video_registers: int, audio_registers: int
@@ -276,29 +293,3 @@ def tokens_first(mask: Tensor) -> Tensor:
 def reorder(x: Tensor, order: Tensor) -> Tensor:
     """x (B, S, D) with its positions taken in `order` (B, S)."""
     return x.gather(1, order[..., None].expand_as(x))
-
-
-def _has_own_projections(config: Mapping[str, Any]) -> bool:
-    # An explicit default of the one key that has one says no more than its absence.
-    present = {key: config[key] for key in PROJECTION_2_3 if key in config}
-    if present in ({}, {"caption_proj_before_connector": False}):
-        return False
-    for key, value in PROJECTION_2_3.items():
-        if key not in present:
-            raise CheckpointError(
-                f"config: {key} is missing beside {', '.join(present)}; the text projection is "
-                f"that of 2.3 with {key} {value}, or that of 2.0 with none of them"
-            )
-        _expect(config, key, value)
-    return True
-
-
-def _expect(config: Mapping[str, Any], key: str, value: Any) -> None:
-    if config.get(key, value) != value:
-        raise _unsupported(config, key, repr(value))
-
-
-def _unsupported(config: Mapping[str, Any], key: str, supported: str) -> CheckpointError:
-    return CheckpointError(
-        f"config: {key} is {config[key]!r}, which is not supported; supported: {supported}"
-    )

@@ -92,14 +92,14 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         """Raises CheckpointError for values that contradict each other or are not supported."""
-        _require("rope_type", self.rope_type, self.rope_type in ("split", "interleaved"),
+        require("rope_type", self.rope_type, self.rope_type in ("split", "interleaved"),
                  "split or interleaved")  # fmt: skip
-        _require("frequencies_precision", self.frequencies_precision,
+        require("frequencies_precision", self.frequencies_precision,
                  self.frequencies_precision in (None, "float64"), "float64 or null")  # fmt: skip
         if not (self.has_video or self.has_audio):
             raise CheckpointError("has_video and has_audio are both false; one stream is needed")
         if self.is_joint:
-            _require("audio_num_attention_heads", self.audio_num_attention_heads,
+            require("audio_num_attention_heads", self.audio_num_attention_heads,
                      self.audio_num_attention_heads == self.num_attention_heads,
                      f"num_attention_heads, {self.num_attention_heads}")  # fmt: skip
         if self.has_video:
@@ -109,12 +109,12 @@ class TransformerConfig:
 
     def _check_stream(self, prefix: str, width: int, context_width: int, axes: int) -> None:
         head_dim = getattr(self, f"{prefix}attention_head_dim")
-        _require(f"{prefix}attention_head_dim", head_dim, head_dim % 2 == 0,
+        require(f"{prefix}attention_head_dim", head_dim, head_dim % 2 == 0,
                  "even, since rotary embedding turns pairs")  # fmt: skip
-        _require(f"{prefix}cross_attention_dim", context_width, context_width == width,
+        require(f"{prefix}cross_attention_dim", context_width, context_width == width,
                  f"heads x head_dim, {width}")  # fmt: skip
         limits = getattr(self, f"{prefix}positional_embedding_max_pos")
-        _require(f"{prefix}positional_embedding_max_pos", limits, len(limits) == axes,
+        require(f"{prefix}positional_embedding_max_pos", limits, len(limits) == axes,
                  f"{axes} number{'s' if axes > 1 else ''}, one per axis")  # fmt: skip
 
     @property
@@ -143,14 +143,14 @@ class TransformerConfig:
         """From the header's `config.transformer`. Raises CheckpointError naming key and value."""
         for key, value in FIXED.items():
             if key in section:
-                _require(key, section[key], section[key] == value, str(value))
+                require(key, section[key], section[key] == value, str(value))
         values = {f.name: section[f.name] for f in fields(cls) if f.name in section}
         for key in ("positional_embedding_max_pos", "audio_positional_embedding_max_pos"):
             if key in values:
                 values[key] = tuple(values[key])
         if values.get("frequencies_precision") in (False, "off", "float32"):
             values["frequencies_precision"] = None
-        if _is_text_projected(section):
+        if is_text_projected(section):
             values["caption_channels"] = None
         elif values.get("caption_channels") is None:
             raise CheckpointError(
@@ -174,10 +174,11 @@ class TransformerConfig:
         return section
 
 
-def _is_text_projected(section: Mapping[str, Any]) -> bool:
+def is_text_projected(section: Mapping[str, Any]) -> bool:
+    """Whether a `transformer` section has 2.3's text projection. Raises CheckpointError between."""
     present = [key for key in PROJECTED_TEXT if key in section]
     for key in present:
-        _require(key, section[key], section[key] is PROJECTED_TEXT[key], str(PROJECTED_TEXT[key]))
+        require(key, section[key], section[key] is PROJECTED_TEXT[key], str(PROJECTED_TEXT[key]))
     if present and len(present) < len(PROJECTED_TEXT):
         missing = [key for key in PROJECTED_TEXT if key not in section]
         raise CheckpointError(
@@ -187,7 +188,8 @@ def _is_text_projected(section: Mapping[str, Any]) -> bool:
     return bool(present)
 
 
-def _require(key: str, value: Any, is_supported: bool, supported: str) -> None:
+def require(key: str, value: Any, is_supported: bool, supported: str) -> None:
+    """Raises CheckpointError naming the key, the value and what it must be."""
     if not is_supported:
         raise CheckpointError(f"transformer config: {key} is {value!r}; it must be {supported}")
 
