@@ -235,6 +235,40 @@ def test_a_published_file_gives_its_sizes_by_the_shapes_of_its_tensors(section, 
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize(
+    ("section", "extractor", "video", "audio"),
+    [
+        ({}, 0.72e9, 0.35e9, 0.35e9),
+        (
+            {
+                **PROJECTED_TEXT,
+                "connector_num_attention_heads": 32,
+                "connector_num_layers": 8,
+                "audio_connector_num_attention_heads": 32,
+                "audio_connector_attention_head_dim": 64,
+                "connector_apply_gated_attention": True,
+            },
+            1.16e9,
+            1.61e9,
+            0.40e9,
+        ),
+    ],
+    ids=["2.0", "2.3"],
+)
+def test_the_published_configs_give_the_published_parameter_counts(
+    section, extractor, video, audio
+):
+    with torch.device("meta"):
+        projector = TextProjector(TextConfig.from_metadata(section))
+    for part, count in (
+        (projector.feature_extractor, extractor),
+        (projector.video_connector, video),
+        (projector.audio_connector, audio),
+    ):
+        found = sum(parameter.numel() for parameter in part.parameters())
+        assert found == pytest.approx(count, abs=0.006e9)  # published to two decimals
+
+
 def test_a_file_without_the_projection_names_the_tensors_it_lacks(tmp_path):
     path = tmp_path / "m.safetensors"
     config = {"config": json.dumps({"transformer": SECTION_2_0})}

@@ -1,5 +1,6 @@
 """Feature extraction and connectors: hidden states and mask to contexts."""
 
+import torch
 from torch import Tensor
 
 from aiprod_core.loader.networks import load_text_projector
@@ -8,7 +9,7 @@ from aiprod_core.parity.case import Case
 
 
 def run(case: Case) -> dict[str, Tensor]:
-    projector = load_text_projector(case.checkpoint)
+    projector = load_text_projector(case.checkpoint, dtype=torch.float32)
     hidden_states, mask = case.input("hidden_states"), case.input("attention_mask")
     video_features, audio_features = projector.feature_extractor(hidden_states, mask)
     video, audio, out_mask = projector(hidden_states, mask)
