@@ -15,6 +15,9 @@ from torch.optim import AdamW, Optimizer
 # Coefficients of the quintic: they inflate small singular values fastest, and need not converge.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
+# Beyond this (smaller) side the iteration costs more than a small network's own step on a CPU.
+MUON_MAX_SIDE = 256
+
 
 class Muon(Optimizer):
     """Orthogonalised momentum for parameters with at least two dimensions.
@@ -31,7 +34,12 @@ class Muon(Optimizer):
         weight_decay: float = 0.0,
         iterations: int = 5,
     ):
-        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, iterations=iterations)
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "iterations": iterations,
+        }
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -62,14 +70,23 @@ class Muon(Optimizer):
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """(K, rows, columns) -> the same with all singular values near 1, by Newton-Schulz."""
+    """(K, rows, columns) -> the same with all singular values near 1, by Newton-Schulz.
+
+    The iterates of x are polynomials in the Gram matrix times x, so the iteration runs on the
+    small square side alone and the wide matrix is read twice, whatever the number of steps.
+    """
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
         x = x.mT
+    gram = x @ x.mT
+    identity = torch.eye(gram.shape[1], dtype=x.dtype, device=x.device)
+    product = identity.expand_as(gram)
     for _ in range(iterations):
-        gram = x @ x.mT
-        x = _A * x + (_B * gram + _C * gram @ gram) @ x
+        polynomial = _A * identity + _B * gram + _C * gram @ gram
+        product = polynomial @ product
+        gram = polynomial @ gram @ polynomial
+    x = product @ x
     return x.mT if is_tall else x
 
 
@@ -96,7 +113,7 @@ def muon_and_adamw(
             continue
         is_hidden_matrix = (
             parameter.ndim >= 2
-            and min(parameter.shape[0], parameter[0].numel()) > 8
+            and 8 < min(parameter.shape[0], parameter[0].numel()) <= MUON_MAX_SIDE
             and "table" not in name
             and not any(end in name for end in ends)
         )

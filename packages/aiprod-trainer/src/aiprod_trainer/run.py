@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -31,13 +32,15 @@ class Run:
     """One run's folder and its state (named modules and optimisers).
 
     `folder/state.safetensors` holds everything that a resume needs and is replaced atomically
-    every `save_every_s` seconds; `folder/log.jsonl` has a line for every logged step.
+    every `save_every_s` seconds; `folder/log.jsonl` has a line for every logged step, and
+    `folder/config.json` the configuration.
     """
 
     def __init__(
         self,
         folder: Path,
         state: State,
+        config: BaseModel,
         *,
         total_steps: int,
         seed: int,
@@ -50,6 +53,8 @@ class Run:
         self._should_stop = False
         self._progress: Progress | None = None
         folder.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            (folder / "config.json").write_text(config.model_dump_json(indent=1))
         if self.state_file.exists():
             self.step = load_state(self.state_file, state)
 
@@ -135,17 +140,22 @@ def save_state(path: Path, state: State, step: int) -> None:
     temporary.replace(path)
 
 
+def read_state(path: Path, name: str) -> dict[str, Tensor]:
+    """One item's tensors from `save_state`'s file. Raises InputError when there is no such file."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint; give the folder of a training run.")
+    with safe_open(path, framework="pt") as file:
+        keys = [key for key in file.keys() if key.startswith(f"{name}/")]  # noqa: SIM118
+        return {key.removeprefix(f"{name}/"): file.get_tensor(key) for key in keys}
+
+
 def load_state(path: Path, state: State) -> int:
     """Fills modules and optimisers from `save_state`'s file and returns its step.
 
     Raises InputError when the file was written by another configuration.
     """
-    with safe_open(path, framework="pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        step = int(file.metadata()["step"])
     for name, item in state.items():
-        prefix = f"{name}/"
-        own = {key.removeprefix(prefix): v for key, v in tensors.items() if key.startswith(prefix)}
+        own = read_state(path, name)
         if isinstance(item, nn.Module):
             try:
                 item.load_state_dict(own)
@@ -160,7 +170,8 @@ def load_state(path: Path, state: State) -> int:
                 index, _, slot = key.partition(".")
                 slots.setdefault(int(index), {})[slot] = value
             item.load_state_dict(item.state_dict() | {"state": slots})
-    return step
+    with safe_open(path, framework="pt") as file:
+        return int(file.metadata()["step"])
 
 
 def averaged_copy(model: nn.Module) -> nn.Module:

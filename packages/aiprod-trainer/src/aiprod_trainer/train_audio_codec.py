@@ -30,10 +30,11 @@ class AudioCodecConfig(Section):
     audio_vae: dict[str, Any]  # the checkpoint's "audio_vae" section, published keys
     world: str = "v1"
     batch_size: int = 8
+    crop_frames: int = 105  # mel frames of a training crop, 4k+1
     steps: int = 2000
     warmup_steps: int = 50
-    muon_lr: float = 8e-3
-    adamw_lr: float = 2e-3
+    muon_lr: float = 1.5e-3
+    adamw_lr: float = 1.5e-3
     max_grad_norm: float = 1.0
     onset_weight: float = 1.0
     kl_weight: float = 1e-3
@@ -81,6 +82,7 @@ def train(config: AudioCodecConfig, folder: Path) -> AudioVAE:
     run = Run(
         folder,
         {"model": vae, "average": average, **optimizers},
+        config,
         total_steps=config.steps,
         seed=config.seed,
         save_every_s=config.save_every_s,
@@ -116,10 +118,11 @@ def train(config: AudioCodecConfig, folder: Path) -> AudioVAE:
 def mel_clips(
     config: AudioCodecConfig, vae_config: AudioVAEConfig, rng: np.random.Generator, count: int
 ) -> Tensor:
-    """Log-mel spectrograms (count, 2, 4k+1, bins) of the world's sounds."""
+    """Log-mel crops (count, 2, crop_frames, bins) of the world's sounds."""
     waveforms = [synthesise(sample_scene(rng, world=config.world)) for _ in range(count)]
     mel = log_mel(torch.from_numpy(np.stack(waveforms)), vae_config)
-    return mel[:, :, : (mel.shape[2] - 1) // 4 * 4 + 1]
+    starts = rng.integers(0, mel.shape[2] - config.crop_frames + 1, count)
+    return torch.stack([m[:, s : s + config.crop_frames] for m, s in zip(mel, starts, strict=True)])
 
 
 if __name__ == "__main__":

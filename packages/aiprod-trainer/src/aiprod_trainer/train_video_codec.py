@@ -35,8 +35,8 @@ class VideoCodecConfig(Section):
     batch_size: int = 4
     steps: int = 4000
     warmup_steps: int = 50
-    muon_lr: float = 8e-3
-    adamw_lr: float = 2e-3
+    muon_lr: float = 1.5e-3
+    adamw_lr: float = 1.5e-3
     max_grad_norm: float = 1.0
     object_weight: float = 4.0  # extra weight of the object's pixels
     gradient_weight: float = 1.0
@@ -85,6 +85,7 @@ def train(config: VideoCodecConfig, folder: Path) -> VideoVAE:
     run = Run(
         folder,
         {"model": vae, "average": average, **optimizers},
+        config,
         total_steps=config.steps,
         seed=config.seed,
         save_every_s=config.save_every_s,

@@ -36,7 +36,7 @@ class VocoderTrainingConfig(Section):
     crop_frames: int = 64  # mel frames of a training crop
     steps: int = 2000
     warmup_steps: int = 50
-    muon_lr: float = 4e-3
+    muon_lr: float = 1e-3
     adamw_lr: float = 1e-3
     max_grad_norm: float = 1.0
     mel_weight: float = 1.0
@@ -71,6 +71,7 @@ def train(config: VocoderTrainingConfig, folder: Path) -> Vocoder:
     run = Run(
         folder,
         {"model": vocoder, "average": average, **optimizers},
+        config,
         total_steps=config.steps,
         seed=config.seed,
         save_every_s=config.save_every_s,

@@ -186,7 +186,7 @@ def _find_background(picture: np.ndarray) -> tuple[str, np.ndarray]:
 
 @lru_cache
 def _stage(background: str) -> np.ndarray:
-    return backdrop(background, SIDE)
+    return backdrop(background, SIDE)[0]
 
 
 def _find_colour(picture: np.ndarray, stage: np.ndarray, background: str) -> str:

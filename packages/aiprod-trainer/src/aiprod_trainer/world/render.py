@@ -7,20 +7,34 @@ Shapes: F frames, S image side, K side of the box in pixels.
 
 import numpy as np
 
-from aiprod_trainer.world.scene import BACKGROUNDS, COLOURS, FLOOR_Y, ROUND, Body, Scene, trajectory
+from aiprod_trainer.world.camera import View
+from aiprod_trainer.world.figure import figure_distance, joints, segment_distance
+from aiprod_trainer.world.scene import (
+    ALL_BACKGROUNDS,
+    COLOURS,
+    FIGURE,
+    FLOOR_Y,
+    ROUND,
+    Body,
+    Scene,
+    trajectory,
+)
 
+HORIZON = FLOOR_Y - 0.1  # where the wall meets the floor
 REACH = 1.25  # no shape extends further than this, in radii
 GLOSS = {"rubber": 0.0, "wood": 0.12, "metal": 0.55, "glass": 0.8}
 
 
 def render(scene: Scene, size: int = 64) -> np.ndarray:
     """Draws the clip as uint8 (F, size, size, 3), sRGB."""
-    frames = np.repeat(
-        backdrop(scene.background, size)[None], scene.num_frames, axis=0
-    )  # (F, S, S, 3)
+    still = scene.camera == "static"
+    stage = backdrop(scene.background, size, None if still else scene.view(scene.frame_times_s))
+    frames = np.repeat(stage, scene.num_frames, axis=0) if still else stage  # (F, S, S, 3)
     for body in scene.bodies:
         _draw_shadow(frames, scene, body)
     for body in scene.bodies:
+        if body.motion == "pendulum":
+            _draw_rope(frames, scene, body)
         _draw_body(frames, scene, body)
     return (np.clip(frames, 0, 255) + 0.5).astype(np.uint8)
 
@@ -37,18 +51,65 @@ def object_mask(scene: Scene, size: int = 64) -> np.ndarray:
     return mask
 
 
-def backdrop(background: str, size: int) -> np.ndarray:
-    """The empty stage, float32 (size, size, 3) in 0..255."""
-    tones = BACKGROUNDS[background]
-    horizon = FLOOR_Y - 0.1
-    y = (np.arange(size, dtype=np.float32) + 0.5) / size
-    wall = _mix(tones.top, tones.bottom, np.clip(y / horizon, 0, 1))  # (S, 3)
-    floor = _mix(tones.floor_far, tones.floor_near, np.clip((y - horizon) / (1 - horizon), 0, 1))
-    on_floor = np.clip((y - horizon) * size + 0.5, 0, 1)[:, None]  # one pixel of antialiasing
-    column = wall + (floor - wall) * on_floor
-    x = (np.arange(size, dtype=np.float32) + 0.5) / size
-    light = 1.04 - 0.16 * np.square(x - 0.4)  # a broad light from the left
-    return (column[:, None, :] * light[None, :, None]).astype(np.float32)
+def backdrop(background: str, size: int, seen: View | None = None) -> np.ndarray:
+    """The empty stage, float32 (F, size, size, 3) in 0..255: a frame for each time of the view,
+    one frame for the view at rest."""
+    tones = ALL_BACKGROUNDS[background]
+    x = y = (np.arange(size, dtype=np.float32) + 0.5)[None] / size  # (1, S)
+    pixel = np.full(1, 1 / size)
+    if seen is not None:
+        x, y = seen.to_world(x[0][:, None], y[0][:, None])
+        x, y = x.T.astype(np.float32), y.T.astype(np.float32)  # (F, S)
+        pixel = 1 / (size * seen.zoom)
+    wall = _mix(tones.top, tones.bottom, np.clip(y / HORIZON, 0, 1))  # (F, S, 3)
+    floor = _mix(tones.floor_far, tones.floor_near, np.clip((y - HORIZON) / (1 - HORIZON), 0, 1))
+    # One pixel of antialiasing at the horizon.
+    on_floor = np.clip((y - HORIZON) / pixel[:, None] + 0.5, 0, 1)[..., None]
+    light = (1.04 - 0.16 * np.square(x - 0.4))[:, None, :, None]  # a broad light from the left
+    if tones.texture == "plain":
+        picture = (wall + (floor - wall) * on_floor)[:, :, None] * light
+    else:
+        factor = _texture(tones.texture, x[:, None, :], y[:, :, None], pixel[:, None, None])
+        wall = wall[:, :, None] * factor[..., None]
+        picture = (wall + (floor[:, :, None] - wall) * on_floor[:, :, None]) * light
+        picture *= _floor_pattern(x, y, on_floor, pixel)
+    return picture.astype(np.float32)
+
+
+def _texture(kind: str, x: np.ndarray, y: np.ndarray, pixel: np.ndarray) -> np.ndarray:
+    """Brightness of the wall at world points, about 1; edges are a pixel soft."""
+
+    def wave(phase: np.ndarray, softness: np.ndarray) -> np.ndarray:
+        """A square wave in [-1, 1] of period 1."""
+        triangle = 1 - 4 * np.abs(phase % 1 - 0.5)
+        return np.clip(triangle / (4 * softness), -1, 1)
+
+    if kind == "brick":
+        rows = (y - HORIZON) / 0.12
+        shift = 0.5 * (np.floor(rows) % 2)
+        columns = x / 0.24 + shift
+        joint = 0.014
+        from_row = np.abs(rows - np.round(rows)) * 0.12
+        from_column = np.abs(columns - np.round(columns)) * 0.24
+        gap = np.minimum(from_row, from_column)
+        return 1 + 0.34 * np.clip((joint - gap) / pixel + 0.5, 0, 1)
+    if kind == "checker":
+        return 1 + 0.11 * wave(x / 0.36 + 0.25, pixel / 0.36) * wave(y / 0.36, pixel / 0.36)
+    if kind == "stripes":
+        return 1 + 0.13 * np.sin(2 * np.pi * x / 0.2) * np.ones_like(y)
+    ridge = 0.50 + 0.07 * np.sin(7 * x) + 0.04 * np.sin(16 * x + 1)
+    nearer = 0.62 + 0.05 * np.sin(11 * x + 2)
+    return (
+        1
+        - 0.22 * np.clip((y - ridge) / pixel + 0.5, 0, 1)
+        - 0.16 * np.clip((y - nearer) / pixel + 0.5, 0, 1)
+    )
+
+
+def _floor_pattern(x: np.ndarray, y: np.ndarray, on_floor: np.ndarray, pixel: np.ndarray):
+    """Soft patches on a textured stage's floor, so that sideways moves show there too."""
+    patches = np.sin(2 * np.pi * x / 0.34)[:, None, :] * np.cos((y - HORIZON) * 14)[:, :, None]
+    return 1 + 0.05 * (patches * on_floor)[..., None]
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -103,11 +164,23 @@ class _Box:
     """The pixels around a body in every frame, with their place in the body's own frame."""
 
     def __init__(self, scene: Scene, body: Body, size: int):
-        path = trajectory(body, scene.frame_times_s)
+        times_s = scene.frame_times_s
+        path = trajectory(body, times_s)
         self.body, self.size = body, size
-        self.radius_px = body.radius * path.scale * size  # (F,)
-        half = int(np.ceil(self.radius_px.max() * REACH)) + 2
+        # The figure is measured in half heights from its hip.
+        self.unit = body.radius if body.shape != FIGURE else body.height / 2
+        self.radius_px = self.unit * path.scale * size  # (F,)
         cx, cy = path.x * size, path.y * size
+        if scene.camera != "static":
+            seen = scene.view(times_s)
+            cx, cy = (at * size for at in seen.to_screen(path.x, path.y))
+            self.radius_px = self.radius_px * seen.zoom
+        self.joints = (
+            (joints(body, times_s) - np.stack([path.x, path.y], -1)[:, None]) / self.unit
+            if body.shape == FIGURE
+            else None
+        )
+        half = int(np.ceil(self.radius_px.max() * REACH)) + 2
         self.left = np.floor(cx).astype(int) - half
         self.top = np.floor(cy).astype(int) - half
         self.side = 2 * half + 1
@@ -130,7 +203,10 @@ class _Box:
 
     def cover(self) -> np.ndarray:
         """Share of each pixel inside the outline, (F, K, K)."""
-        d = signed_distance(self.body.shape, self.x, self.y)
+        if self.joints is not None:
+            d = figure_distance(self.x, -self.y, self.joints.astype(np.float32), 2.0)
+        else:
+            d = signed_distance(self.body.shape, self.x, self.y)
         return np.clip(0.5 - d * self.radius_px[:, None, None].astype(np.float32), 0, 1)
 
     def windows(self):
@@ -182,6 +258,21 @@ def _highlight(box: _Box) -> np.ndarray:
     return np.exp(-(x * x + y * y) / 0.07)
 
 
+def _draw_rope(frames: np.ndarray, scene: Scene, body: Body) -> None:
+    """A thin dark line from above the picture to the object."""
+    size = frames.shape[1]
+    times_s = scene.frame_times_s
+    path, seen = trajectory(body, times_s), scene.view(times_s)
+    ends = []
+    for x, y in ((np.full_like(path.x, body.x), np.full_like(path.y, body.y - 0.3)),
+                 (path.x, path.y)):  # fmt: skip
+        ends.append(np.stack(seen.to_screen(x, y), -1)[..., None, None].astype(np.float32) * size)
+    at = np.arange(size, dtype=np.float32) + 0.5
+    distance = segment_distance(at[None, None, :], at[None, :, None], *ends)
+    cover = np.clip(0.5 + size * 0.008 - distance, 0, 1)[..., None]
+    frames += (60 - frames) * (0.85 * cover)
+
+
 def _draw_shadow(frames: np.ndarray, scene: Scene, body: Body) -> None:
     """Darkens the floor below the body: narrow and dark at contact, wide and faint when high."""
     size = frames.shape[1]
@@ -190,13 +281,17 @@ def _draw_shadow(frames: np.ndarray, scene: Scene, body: Body) -> None:
     width = body.radius * (0.95 + 0.5 * gap)
     depth = 0.42 / (1 + 9 * gap)
     rows = slice(int((FLOOR_Y - 0.09) * size), min(int((FLOOR_Y + 0.12) * size), size))
-    y = ((np.arange(size)[rows] + 0.5) / size - FLOOR_Y - 0.005) / 0.028
-    x = ((np.arange(size) + 0.5) / size - path.x[:, None]) / width[:, None]  # (F, S)
-    across = np.exp(-np.power(x, 4)) * depth[:, None]
-    shade = across[:, None, :] * np.exp(-np.square(y))[None, :, None]
+    x, y = (np.arange(size) + 0.5) / size, ((np.arange(size)[rows] + 0.5) / size)[None]
+    if scene.camera != "static":
+        rows = slice(0, size)
+        x, y = (at.T for at in scene.view(scene.frame_times_s).to_world(x[:, None], x[:, None]))
+    down = (y - FLOOR_Y - 0.005) / 0.028  # (1 or F, rows)
+    side = (x - path.x[:, None]) / width[:, None]  # (F, S)
+    across = np.exp(-np.power(side, 4)) * depth[:, None]
+    shade = across[:, None, :] * np.exp(-np.square(down))[:, :, None]
     frames[:, rows] *= (1 - shade)[..., None].astype(np.float32)
 
 
 def _mix(a: tuple[int, ...], b: tuple[int, ...], share: np.ndarray) -> np.ndarray:
     first, second = np.array(a, np.float32), np.array(b, np.float32)
-    return first + (second - first) * share[:, None]
+    return first + (second - first) * share[..., None]

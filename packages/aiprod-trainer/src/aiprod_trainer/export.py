@@ -1,0 +1,181 @@
+"""Turns training runs into checkpoints in LTX-2's format.
+
+    python -m aiprod_trainer.export codecs --video runs/video_codec --audio runs/audio_codec \\
+        --vocoder runs/vocoder --out runs/codecs.safetensors
+    python -m aiprod_trainer.export model --codecs runs/codecs.safetensors \\
+        --transformer runs/transformer --out nano-dev.safetensors
+
+`codecs` also measures the statistics that normalise the latents, on clips of the world. Averaged
+weights are exported, in float16 unless asked otherwise.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from aiprod_core.errors import InputError
+from aiprod_core.loader import key_maps
+from aiprod_core.loader.checkpoint import open_checkpoint, save_checkpoint
+from aiprod_core.loader.networks import (
+    load_audio_decoder,
+    load_audio_encoder,
+    load_video_decoder,
+    load_video_encoder,
+    load_vocoder,
+)
+from aiprod_core.model.audio_vae import AudioVAEConfig
+from aiprod_core.model.mel import log_mel
+from aiprod_core.model.text_connector import TextConfig, TextProjector
+from aiprod_core.model.transformer import Transformer, TransformerConfig
+from aiprod_core.model.video_vae import VideoVAEConfig
+from aiprod_core.model.vocoder import Vocoder, VocoderConfig
+from aiprod_trainer.run import read_state
+from aiprod_trainer.train_audio_codec import AudioVAE
+from aiprod_trainer.train_base import TextToClip
+from aiprod_trainer.train_video_codec import VideoVAE
+from aiprod_trainer.world.render import render
+from aiprod_trainer.world.scene import sample_scene
+from aiprod_trainer.world.sound import synthesise
+
+MODEL_VERSION = "2.3.0"  # nano follows LTX-2.3: gated attention, modulated text, own projections
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    codecs = commands.add_parser("codecs", help="both codecs and the vocoder in one file")
+    codecs.add_argument("--video", type=Path, required=True, help="run of train_video_codec")
+    codecs.add_argument("--audio", type=Path, required=True, help="run of train_audio_codec")
+    codecs.add_argument("--vocoder", type=Path, required=True, help="run of train_vocoder")
+    codecs.add_argument("--clips", type=int, default=256, help="clips that give the statistics")
+    model = commands.add_parser("model", help="codecs, transformer and text projection")
+    model.add_argument("--codecs", type=Path, required=True)
+    model.add_argument("--transformer", type=Path, required=True, help="run of train_base")
+    for command in (codecs, model):
+        command.add_argument("--out", type=Path, required=True)
+        command.add_argument("--dtype", choices=("float16", "float32"), default="float16")
+    arguments = parser.parse_args(argv)
+    try:
+        {"codecs": export_codecs, "model": export_model}[arguments.command](arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+@torch.no_grad()
+def export_codecs(arguments: argparse.Namespace) -> None:
+    """Writes video VAE, audio VAE and vocoder with the world's latent statistics."""
+    video_config, audio_config = _config(arguments.video), _config(arguments.audio)
+    vocoder_config = _config(arguments.vocoder)
+    video = VideoVAE(VideoVAEConfig.from_metadata(video_config["vae"]))
+    audio = AudioVAE(AudioVAEConfig.from_metadata(audio_config["audio_vae"]))
+    vocoder = Vocoder(VocoderConfig.from_metadata(vocoder_config["vocoder"]))
+    for module, folder in (
+        (video, arguments.video),
+        (audio, arguments.audio),
+        (vocoder, arguments.vocoder),
+    ):
+        module.load_state_dict(read_state(folder / "state.safetensors", "average"))
+    _measure_statistics(video, audio, video_config, arguments.clips)
+    save_checkpoint(
+        arguments.out,
+        [
+            (key_maps.VIDEO_ENCODER, video.encoder),
+            (key_maps.VIDEO_DECODER, video.decoder),
+            (key_maps.AUDIO_ENCODER, audio.encoder),
+            (key_maps.AUDIO_DECODER, audio.decoder),
+            (key_maps.VOCODER, vocoder),
+        ],
+        {
+            "model_version": MODEL_VERSION,
+            "config": {
+                "vae": video_config["vae"],
+                "audio_vae": audio_config["audio_vae"],
+                "vocoder": vocoder_config["vocoder"],
+                "text_encoder": {"type": "minilm", "max_length": 64},
+            },
+        },
+        dtype=getattr(torch, arguments.dtype),
+    )
+
+
+def export_model(arguments: argparse.Namespace) -> None:
+    """Writes the whole model: the codecs' file plus transformer and text projection."""
+    codecs = open_checkpoint(arguments.codecs)
+    training = _config(arguments.transformer)
+    state = read_state(arguments.transformer / "state.safetensors", "average")
+    model = TextToClip(
+        Transformer(TransformerConfig.from_metadata(training["transformer"])),
+        TextProjector(_text_config(training["transformer"], state)),
+    )
+    model.load_state_dict(state)
+    config = codecs.config | {
+        "transformer": training["transformer"],
+        "text_encoder": training["text_encoder"],
+        "scheduler": {"_class_name": "RectifiedFlowScheduler", "num_train_timesteps": 1000},
+    }
+    save_checkpoint(
+        arguments.out,
+        [
+            (key_maps.VIDEO_ENCODER, load_video_encoder(codecs)),
+            (key_maps.VIDEO_DECODER, load_video_decoder(codecs)),
+            (key_maps.AUDIO_ENCODER, load_audio_encoder(codecs)),
+            (key_maps.AUDIO_DECODER, load_audio_decoder(codecs)),
+            (key_maps.VOCODER, load_vocoder(codecs)),
+            (key_maps.TRANSFORMER, model.transformer),
+            (key_maps.TEXT_PROJECTOR, model.projector),
+        ],
+        {"model_version": MODEL_VERSION, "config": config},
+        dtype=getattr(torch, arguments.dtype),
+    )
+
+
+def _measure_statistics(
+    video: VideoVAE, audio: AudioVAE, video_config: dict[str, Any], count: int
+) -> None:
+    """Sets per-channel mean and deviation of the latents of `count` clips, in both halves."""
+    rng = np.random.default_rng(2**20)
+    video_latents, audio_latents = [], []
+    for _ in range(count):
+        scene = sample_scene(rng, world=video_config["world"])
+        frames = torch.from_numpy(render(scene, video_config["size"]))
+        pixels = frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+        video_latents.append(video.encoder.moments(pixels)[0])
+        mel = log_mel(torch.from_numpy(synthesise(scene))[None], audio.config)
+        audio_latents.append(audio.encoder.moments(mel)[0])
+    tokens = torch.cat(audio_latents).permute(0, 2, 1, 3).flatten(2)  # (B, T, z bins)
+    _set_statistics(video, torch.cat(video_latents).transpose(0, 1).flatten(1))
+    _set_statistics(audio, tokens.flatten(0, 1).T)
+
+
+def _set_statistics(codec: nn.Module, values: Tensor) -> None:
+    """values (channels, samples)."""
+    for half in (codec.encoder, codec.decoder):
+        buffers = half.per_channel_statistics._buffers
+        buffers["mean-of-means"] = values.mean(dim=1)
+        buffers["std-of-means"] = values.std(dim=1).clamp_min(1e-3)
+
+
+def _text_config(section: dict[str, Any], state: dict[str, Tensor]) -> TextConfig:
+    features = state["projector.feature_extractor.video_aggregate_embed.weight"].shape[1]
+    return TextConfig.from_metadata(section, hidden_size=features, num_states=1)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no config.json; give the folder of a training run.")
+    return json.loads(path.read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
