@@ -1,0 +1,43 @@
+# Every command a person needs. `make demo` and `make test` set up all they use on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := aiprod-core aiprod-pipelines aiprod-trainer aiprod-nano
+EDITABLE := $(foreach package,$(PACKAGES),-e packages/$(package))
+
+.PHONY: help demo test lint parity clean
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+
+demo: $(VENV)/run.stamp ## make a clip with sound from a sentence, with the built-in nano model
+	$(BIN)/aiprod generate "a red rubber ball bounces on the floor, with a thud at each bounce" \
+		--model nano --seed 7 --enlarge 512 -o outputs/demo.mp4
+
+test: $(VENV)/test.stamp ## run every default test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.stamp ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+parity: $(VENV)/test.stamp ## compare with a golden set: make parity DIR=path
+	$(BIN)/python -m aiprod_core.parity $(DIR)
+
+# Torch comes first and alone: it is the one package whose newest default is gigabytes of CUDA.
+$(VENV)/torch.stamp: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+$(VENV)/run.stamp: $(VENV)/torch.stamp $(foreach package,$(PACKAGES),packages/$(package)/pyproject.toml)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt $(EDITABLE)
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/run.stamp requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt
+	touch $@
+
+clean: ## remove the environment and what the demo made
+	rm -rf $(VENV) outputs
