@@ -255,9 +255,7 @@ def test_a_published_file_gives_its_sizes_by_the_shapes_of_its_tensors(section, 
     ],
     ids=["2.0", "2.3"],
 )
-def test_the_published_configs_give_the_published_parameter_counts(
-    section, extractor, video, audio
-):
+def test_published_configs_give_the_published_parameter_counts(section, extractor, video, audio):
     with torch.device("meta"):
         projector = TextProjector(TextConfig.from_metadata(section))
     for part, count in (
