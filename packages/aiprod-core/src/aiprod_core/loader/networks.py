@@ -19,6 +19,7 @@ from aiprod_core.model.duration_head import DurationHead, DurationHeadConfig
 from aiprod_core.model.text_connector import TextConfig, TextProjector
 from aiprod_core.model.text_encoder import GEMMA_HUB_ID, GemmaEncoder, MiniLMEncoder, TextEncoder
 from aiprod_core.model.transformer import Transformer, TransformerConfig
+from aiprod_core.model.upsampler import LatentUpsampler, UpsamplerConfig
 from aiprod_core.model.video_vae import VideoDecoder, VideoEncoder, VideoVAEConfig
 from aiprod_core.model.vocoder import Vocoder, VocoderConfig
 from aiprod_core.quantization.fp8 import adopt_fp8_weights
@@ -101,6 +102,20 @@ def load_video_decoder(
     )
 
 
+def load_upsampler(
+    checkpoint: Checkpoint, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> LatentUpsampler:
+    """An upsampler has a file of its own, whose config is flat: it has no sections."""
+    config = UpsamplerConfig.from_metadata(checkpoint.config)
+    return load_module(
+        checkpoint,
+        key_maps.UPSAMPLER,
+        lambda: LatentUpsampler(config),
+        dtype=dtype,
+        device=device,
+    )
+
+
 def load_audio_encoder(
     checkpoint: Checkpoint, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> AudioEncoder:
@@ -141,6 +156,30 @@ def load_vocoder(
     )
 
 
+def check_text_encoder(
+    checkpoint: Checkpoint, text_encoder_path: str | Path | None = None
+) -> dict[str, Any]:
+    """The config section that names the text encoder, once it is known to be usable.
+
+    Reads headers only, so that nobody waits for gigabytes to learn what is missing. Raises
+    InputError when a path must be given, CheckpointError for an encoder that is not supported.
+    """
+    section: dict[str, Any] = checkpoint.config.get("text_encoder") or {"type": "gemma3"}
+    if section.get("type") not in ("gemma3", "minilm"):
+        raise CheckpointError(
+            f'{checkpoint.paths[0]}: text_encoder type "{section.get("type")}" is not supported; '
+            "supported are gemma3 and minilm"
+        )
+    if section["type"] == "gemma3":
+        _check_gemma_version(checkpoint)
+        if text_encoder_path is None:
+            raise InputError(
+                f"{checkpoint.name} needs a text encoder: give --text-encoder FOLDER "
+                f"or --text-encoder {GEMMA_HUB_ID}"
+            )
+    return section
+
+
 def load_text_encoder(
     checkpoint: Checkpoint,
     text_encoder_path: str | Path | None = None,
@@ -152,37 +191,25 @@ def load_text_encoder(
 
     The config section `text_encoder` names it: {"type": "minilm", "max_length": 64} is the one in
     `text_encoder/` beside the checkpoint; without a section it is Gemma 3, for which
-    `text_encoder_path` (a folder or a hub id) must be given. Raises InputError when it is not, and
-    CheckpointError for an encoder of another kind or size.
+    `text_encoder_path` (a folder or a hub id) must be given. Raises as `check_text_encoder`, and
+    CheckpointError for an encoder of another size.
     """
-    section: dict[str, Any] = checkpoint.config.get("text_encoder") or {"type": "gemma3"}
-    match section.get("type"):
-        case "minilm":
-            return MiniLMEncoder.load(
-                text_encoder_path or checkpoint.paths[0].parent / "text_encoder",
-                max_length=section.get("max_length", 64),
-                device=device,
-                dtype=dtype or torch.float32,
-            )
-        case "gemma3":
-            _check_gemma_version(checkpoint)
-            if text_encoder_path is None:
-                raise InputError(
-                    f"{checkpoint.name} needs a text encoder: give --text-encoder FOLDER "
-                    f"or --text-encoder {GEMMA_HUB_ID}"
-                )
-            return GemmaEncoder.load(
-                text_encoder_path,
-                max_length=section.get("max_length", 1024),
-                num_features=_text_features(checkpoint),
-                device=device,
-                dtype=dtype or torch.bfloat16,
-            )
-        case other:
-            raise CheckpointError(
-                f'{checkpoint.paths[0]}: text_encoder type "{other}" is not supported; '
-                "supported are gemma3 and minilm"
-            )
+    section = check_text_encoder(checkpoint, text_encoder_path)
+    if section["type"] == "minilm":
+        return MiniLMEncoder.load(
+            text_encoder_path or checkpoint.paths[0].parent / "text_encoder",
+            max_length=section.get("max_length", 64),
+            device=device,
+            dtype=dtype or torch.float32,
+        )
+    assert text_encoder_path is not None  # checked above
+    return GemmaEncoder.load(
+        text_encoder_path,
+        max_length=section.get("max_length", 1024),
+        num_features=_text_features(checkpoint),
+        device=device,
+        dtype=dtype or torch.bfloat16,
+    )
 
 
 def load_text_projector(
