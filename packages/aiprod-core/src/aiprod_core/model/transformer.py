@@ -295,7 +295,7 @@ class Transformer(nn.Module):
         audio: Modality | None,
         perturbations: Perturbations | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Returns velocities (B, N, C), in the model's dtype.
+        """Returns velocities (B, N, C), in the model's dtype, to which latents and text are cast.
 
         Timesteps may be (B, 1, 1) where all tokens of a sample share one, which costs one row of
         modulation instead of N; positions may have batch 1 where samples share them.
@@ -317,7 +317,7 @@ class Transformer(nn.Module):
                 cross_rotary=cross_rotary,
             )
         if audio is not None:
-            x_a = self.audio_patchify_proj(audio.latent)
+            x_a = self.audio_patchify_proj(audio.latent.to(self.audio_patchify_proj.weight.dtype))
             rotary, cross_rotary = self.rotary_tables(audio.positions, is_audio=True)
             audio_stream, audio_embedding = self._stream(
                 audio,
@@ -343,7 +343,7 @@ class Transformer(nn.Module):
         return x_v, x_a
 
     def embed_video(self, video: Modality) -> Tensor:
-        x = self.patchify_proj(video.latent)
+        x = self.patchify_proj(video.latent.to(self.patchify_proj.weight.dtype))
         if self.config.use_keyframes_abs_pos_embedding and video.keyframe_marker is not None:
             x = torch.where(video.keyframe_marker > 0, x + self.keyframes_abs_pos_embedding, x)
         return x
@@ -403,7 +403,7 @@ class Transformer(nn.Module):
         if prompt_adaln is not None:
             sigma = modality.sigma.float()[:, None] * config.timestep_scale_multiplier
             prompt_modulation, _ = prompt_adaln(sigma)
-        context = modality.context
+        context = modality.context.to(dtype)
         if caption_projection is not None:
             context = caption_projection(context)
         stream = Stream(
