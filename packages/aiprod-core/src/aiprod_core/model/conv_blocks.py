@@ -359,15 +359,29 @@ def inject_noise(x: Tensor, scale: Tensor | None, draw: Draw | None) -> Tensor:
     return x + (scale * noise)[:, None]  # (C, 1, H, W)
 
 
+# The four layout changes write channels-last memory: with the usual order each convolution on a CPU
+# would convert its input back.
+
+
 def space_to_depth(x: Tensor, stride: Stride) -> Tensor:
     """(B, C, tF, yH, xW) to (B, Ctyx, F, H, W), channels in the order (c, t, y, x)."""
-    t, y, x_ = stride
-    pattern = "b c (f t) (h y) (w x) -> b (c t y x) f h w"
-    return rearrange(x, pattern, t=t, y=y, x=x_)
+    pattern = "b c (f t) (h y) (w x) -> b f h w (c t y x)"
+    return rearrange(x, pattern, t=stride[0], y=stride[1], x=stride[2]).movedim(-1, 1)
 
 
 def depth_to_space(x: Tensor, stride: Stride) -> Tensor:
     """The inverse of `space_to_depth`."""
-    t, y, x_ = stride
-    pattern = "b (c t y x) f h w -> b c (f t) (h y) (w x)"
-    return rearrange(x, pattern, t=t, y=y, x=x_)
+    pattern = "b (c t y x) f h w -> b (f t) (h y) (w x) c"
+    return rearrange(x, pattern, t=stride[0], y=stride[1], x=stride[2]).movedim(-1, 1)
+
+
+def patchify(pixels: Tensor, patch_size: int) -> Tensor:
+    """(B, c, F, H, W) to (B, c p p, F, H/p, W/p); in a patch, columns come before rows."""
+    pattern = "b c f (h y) (w x) -> b f h w (c x y)"
+    return rearrange(pixels, pattern, y=patch_size, x=patch_size).movedim(-1, 1)
+
+
+def unpatchify(x: Tensor, patch_size: int) -> Tensor:
+    """The inverse of `patchify`."""
+    pattern = "b (c x y) f h w -> b f (h y) (w x) c"
+    return rearrange(x, pattern, y=patch_size, x=patch_size).movedim(-1, 1)

@@ -31,7 +31,9 @@ from aiprod_core.model.conv_blocks import (
     VAEBlock,
     down_block,
     modulation,
+    patchify,
     pixel_norm,
+    unpatchify,
     up_block,
 )
 from aiprod_core.types import ScaleFactors
@@ -260,18 +262,6 @@ class VideoDecoder(nn.Module):
             shift, scale = modulation(self.last_scale_shift_table, embedding)
             x = x * (1 + scale) + shift
         return unpatchify(self.conv_out(F.silu(x)), self.config.patch_size)
-
-
-def patchify(pixels: Tensor, patch_size: int) -> Tensor:
-    """(B, c, F, H, W) to (B, c p p, F, H/p, W/p); in a patch, columns come before rows."""
-    p = patch_size
-    return rearrange(pixels, "b c f (h y) (w x) -> b (c x y) f h w", y=p, x=p)
-
-
-def unpatchify(x: Tensor, patch_size: int) -> Tensor:
-    """The inverse of `patchify`."""
-    p = patch_size
-    return rearrange(x, "b (c x y) f h w -> b c f (h y) (w x)", y=p, x=p)
 
 
 def to_frames(pixels: Tensor) -> Tensor:
