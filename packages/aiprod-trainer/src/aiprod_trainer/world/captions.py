@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from aiprod_trainer.world.scene import ROUND, Body, Scene
+from aiprod_trainer.world.scene import FIGURE, ROUND, Body, Scene
 
 Vocabulary = Literal["train", "held_out"]
 
@@ -44,6 +44,7 @@ WORDS: dict[str, dict[str, tuple[str, ...]]] = {
         "triangle": ("triangle", "triangle", "triangular block"),
         "ring": ("ring",),
         "heart": ("heart", "heart", "heart shape"),
+        "figure": ("stick figure", "stick man", "stickman"),
     },
     "size": {
         "small": ("small", "little", "tiny"),
@@ -68,6 +69,10 @@ WORDS: dict[str, dict[str, tuple[str, ...]]] = {
         "night": ("at night", "under a dark night sky", "in the dark of the night"),
         "sunset": ("at sunset", "under an orange evening sky", "in the glow of the sunset"),
         "sand": ("on the sand", "on a sandy beach", "on the beach"),
+        "brick": ("in front of a brick wall", "before a wall of bricks"),
+        "checker": ("in front of a checkered wall", "before a chequerboard wall"),
+        "curtain": ("in front of a striped curtain", "before a teal curtain"),
+        "hills": ("in front of rolling hills", "in a landscape of hills"),
     },
     "motion": {
         "bounce": (
@@ -104,6 +109,15 @@ WORDS: dict[str, dict[str, tuple[str, ...]]] = {
             "hovers and pulses",
             "floats in the air, growing and shrinking",
         ),
+        "pendulum": (
+            "swings to and fro on a rope",
+            "swings like a pendulum",
+            "hangs from a rope and swings",
+        ),
+        "spin": ("spins in the air", "spins around", "turns round and round"),
+        "walk left": ("walks to the left", "walks from right to left", "walks leftwards"),
+        "walk right": ("walks to the right", "walks from left to right", "walks rightwards"),
+        "collide": ("bumps into {other}", "collides with {other}", "crashes into {other}"),
     },
     # Keyed by what is heard: the material of an impact, or the kind of a longer sound.
     "sound": {
@@ -114,6 +128,24 @@ WORDS: dict[str, dict[str, tuple[str, ...]]] = {
         "rumble": ("a low rumble", "a deep rolling rumble", "a rumbling noise"),
         "scrape": ("a scraping noise", "a hissing scrape", "a rough scratching noise"),
         "beep": ("a beep", "an electronic beep", "a clear beep"),
+        "steps": ("footsteps", "the sound of footsteps"),
+        "whoosh": ("a whoosh", "a soft whoosh of air"),
+        "whirr": ("a whirring buzz", "a buzzing noise"),
+    },
+    "camera": {
+        "static": ("the camera stands still", "static camera", "a fixed camera"),
+        "dolly in": ("the camera moves in", "the camera dollies in", "the camera gets closer"),
+        "dolly out": ("the camera moves out", "the camera dollies out", "the camera backs away"),
+        "dolly left": ("the camera moves left", "the camera dollies to the left"),
+        "dolly right": ("the camera moves right", "the camera dollies to the right"),
+        "jib up": ("the camera rises", "the camera jibs up", "the camera moves up"),
+        "jib down": ("the camera sinks", "the camera jibs down", "the camera moves down"),
+    },
+    "ambience": {
+        "silence": ("the room is quiet", "no other sound"),
+        "rain": ("rain falls in the background", "the hiss of rain"),
+        "wind": ("wind blows in the background", "the sound of wind"),
+        "hum": ("a low electric hum in the background", "an engine hums quietly"),
     },
 }
 
@@ -137,6 +169,7 @@ HELD_OUT: dict[str, dict[str, tuple[str, ...]]] = {
         "triangle": ("pyramid", "three-sided shape"),
         "ring": ("hoop", "doughnut"),
         "heart": ("love heart", "valentine heart"),
+        "figure": ("matchstick person", "line-drawn pedestrian"),
     },
     "size": {
         "small": ("mini", "undersized"),
@@ -157,6 +190,10 @@ HELD_OUT: dict[str, dict[str, tuple[str, ...]]] = {
         "night": ("at midnight", "in the moonless darkness"),
         "sunset": ("at dusk", "in the evening twilight"),
         "sand": ("by the seaside", "on a dune"),
+        "brick": ("before red masonry", "by a wall of masonry"),
+        "checker": ("before a tiled board", "by a wall of squares"),
+        "curtain": ("before a pleated drape", "by a folded drape"),
+        "hills": ("amid mountains", "before a mountain range"),
     },
     "motion": {
         "bounce": ("rebounds off the ground repeatedly", "springs up and down"),
@@ -170,6 +207,11 @@ HELD_OUT: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "fall": ("plunges to the ground and rests", "tumbles down and comes to rest"),
         "pulse": ("throbs", "expands and contracts"),
+        "pendulum": ("sways from a string", "dangles and sways back and forth"),
+        "spin": ("rotates", "twirls on the spot"),
+        "walk left": ("strolls towards the left edge", "marches left"),
+        "walk right": ("strolls towards the right edge", "marches right"),
+        "collide": ("knocks against {other}", "rams {other}"),
     },
     "sound": {
         "rubber": ("a muffled thwack", "a bassy bump"),
@@ -179,6 +221,24 @@ HELD_OUT: dict[str, dict[str, tuple[str, ...]]] = {
         "rumble": ("a low grumble", "a growling noise"),
         "scrape": ("a grating sound", "a rasping sound"),
         "beep": ("a bleep", "a signal tone"),
+        "steps": ("footfalls", "the patter of feet"),
+        "whoosh": ("a swish", "a rush of air"),
+        "whirr": ("a drone", "the purr of a motor"),
+    },
+    "camera": {
+        "static": ("a locked-off shot", "filmed from a tripod"),
+        "dolly in": ("a push-in shot", "the view closes in"),
+        "dolly out": ("a pull-back shot", "the view widens"),
+        "dolly left": ("a leftward tracking shot", "the view glides leftward"),
+        "dolly right": ("a rightward tracking shot", "the view glides rightward"),
+        "jib up": ("a crane shot upwards", "the view lifts"),
+        "jib down": ("a crane shot downwards", "the view lowers"),
+    },
+    "ambience": {
+        "silence": ("in a hushed setting", "otherwise noiseless"),
+        "rain": ("a drizzle patters", "a shower outside"),
+        "wind": ("a breeze whispers", "gusts of air"),
+        "hum": ("a transformer drones faintly", "a faint mains drone"),
     },
 }
 
@@ -186,6 +246,9 @@ SOUND_FRAMES = {
     "impact": (", with {s} at each impact", ", landing with {s} each time", ". Each hit makes {s}"),
     "single": (", with {s}", ", landing with {s}", ". It lands with {s}"),
     "pulse": (", with {s} at each pulse", ". Each pulse makes {s}", ", and each pulse gives {s}"),
+    "step": (", with {s}", ". One hears {s}"),
+    "swing": (", with {s} at each pass", ", making {s} as it passes the lowest point"),
+    "clash": (", with {s}", ". They meet with {s}"),
     "friction": (", with {s}", ", making {s}", ". It makes {s}", ", to the sound of {s}"),
 }
 
@@ -211,25 +274,38 @@ def describe(scene: Scene, rng: np.random.Generator, vocabulary: Vocabulary = "t
         "sound": 0.25 + 0.65 * detail,
     }
     stated = {what for what, share in keep.items() if rng.random() < share}
+    if scene.world != "v1":  # v1 has neither, and its captions stay as they were
+        stated |= {what for what in ("camera", "ambience") if rng.random() < 0.2 + 0.6 * detail}
+    if body.motion == "collide":
+        stated.add("motion")  # or the second object could not be named
+    if body.shape == FIGURE:
+        stated.discard("material")
     if not stated & {"colour", "shape", "motion"}:
         stated |= {"colour", "motion"}
 
     subject = _subject(say, body, stated)
-    verb = _motion(say, body) if "motion" in stated else ""
+    verb = _motion(say, scene, stated) if "motion" in stated else ""
     place = say("background", scene.background) if "background" in stated else ""
     text = _sentence(rng, subject, verb, place)
     if "sound" in stated:
         frames = SOUND_FRAMES[_sound_frame(body)]
         text += _pick(rng, frames).format(s=say("sound", sound_kind(body)))
-    return Caption(text + ".", frozenset(stated))
+    text += "."
+    for what, word in (("camera", scene.camera), ("ambience", scene.ambience)):
+        if what in stated:
+            text += f" {_capital(say(what, word))}."
+    return Caption(text, frozenset(stated))
 
 
 def sound_kind(body: Body) -> str:
-    """What a body sounds like: the material of its impacts, "rumble", "scrape" or "beep"."""
-    if body.motion in ("bounce", "fall"):
+    """What a body sounds like: the material of its impacts, "rumble", "scrape", "beep", "steps",
+    "whoosh" or "whirr"."""
+    if body.motion in ("bounce", "fall", "collide"):
         return body.material
-    if body.motion == "pulse":
-        return "beep"
+    kinds = {"pulse": "beep", "pendulum": "whoosh", "spin": "whirr"}
+    kinds |= {"walk left": "steps", "walk right": "steps"}
+    if body.motion in kinds:
+        return kinds[body.motion]
     return "rumble" if body.shape in ROUND else "scrape"
 
 
@@ -254,18 +330,24 @@ def _subject(say: _Speaker, body: Body, stated: set[str]) -> str:
     return " ".join(words)
 
 
-def _motion(say: _Speaker, body: Body) -> str:
+def _motion(say: _Speaker, scene: Scene, stated: set[str]) -> str:
+    body = scene.body
+    if body.motion == "collide":
+        other = _subject(say, scene.bodies[1], stated - {"material"})
+        return say("motion", "collide").format(other=_with_article(other))
     rolls = ("rolls", "rolls", "moves") if body.shape in ROUND else ("slides", "slides", "moves")
     return say("motion", body.motion).format(rolls=_pick(say.rng, rolls))
 
 
 def _sound_frame(body: Body) -> str:
-    return {"bounce": "impact", "fall": "single", "pulse": "pulse"}.get(body.motion, "friction")
+    frames = {"bounce": "impact", "fall": "single", "pulse": "pulse", "pendulum": "swing"}
+    frames |= {"walk left": "step", "walk right": "step", "collide": "clash"}
+    return frames.get(body.motion, "friction")
 
 
 def _sentence(rng: np.random.Generator, subject: str, verb: str, place: str) -> str:
     """Object, motion and place in one of several orders, without the full stop."""
-    a_subject = ("an " if subject[0] in "aeiou" else "a ") + subject
+    a_subject = _with_article(subject)
     if not verb:
         text = _pick(rng, ("{a}", "A clip of {a}", "A video of {a}", "There is {a}"))
         return (_capital(text.format(a=a_subject)) + " " + place).strip()
@@ -280,6 +362,10 @@ def _sentence(rng: np.random.Generator, subject: str, verb: str, place: str) -> 
         rng, ("{a} {v}", "{a} {v}", "{s} {v}", "A clip of {a} that {v}", "There is {a} that {v}")
     )
     return _capital(text.format(a=a_subject, s=subject, v=verb))
+
+
+def _with_article(subject: str) -> str:
+    return ("an " if subject[0] in "aeiou" else "a ") + subject
 
 
 def _capital(text: str) -> str:

@@ -6,13 +6,13 @@ from aiprod_trainer.world.scene import FIGURE_HIP, LEG_SWING, STRIDE_RATE, Body,
 
 JOINTS = ("head", "neck", "hip", "left hand", "right hand", "left foot", "right foot")
 LIMBS = (  # from joint, to joint, half thickness in heights
-    ("neck", "hip", 0.050),
-    ("neck", "left hand", 0.030),
-    ("neck", "right hand", 0.030),
-    ("hip", "left foot", 0.038),
-    ("hip", "right foot", 0.038),
+    ("neck", "hip", 0.065),
+    ("neck", "left hand", 0.042),
+    ("neck", "right hand", 0.042),
+    ("hip", "left foot", 0.052),
+    ("hip", "right foot", 0.052),
 )
-HEAD_RADIUS = 0.10  # in heights
+HEAD_RADIUS = 0.115  # in heights
 ARM, SHOULDER, HEAD = 0.24, 0.27, 0.40  # arm's length, heights of neck and head above the hip
 
 

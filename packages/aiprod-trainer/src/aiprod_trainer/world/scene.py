@@ -326,9 +326,9 @@ def sample_scene(
     if motion == "spin" and shape in ROUND:  # a turning disc would not show
         shape = SHAPES[1 + int(rng.integers(3))]
 
-    looks = {"shape": shape, "colour": colour, "size": size, "material": material}
+    blank = Body(shape, colour, size, material, motion, x=0.5)
     for _ in range(200):
-        bodies = _bodies(rng, looks, motion, background)
+        bodies = _bodies(rng, blank, background)
         scene = Scene(bodies, background, noise_seed=int(rng.integers(2**31)))
         if world == "v1":
             return scene
@@ -338,11 +338,9 @@ def sample_scene(
     raise InputError(f"a {size} {shape} cannot {motion} in view of a camera that moves {camera}")
 
 
-def _bodies(
-    rng: np.random.Generator, looks: dict[str, str], motion: str, background: str
-) -> tuple[Body, ...]:
+def _bodies(rng: np.random.Generator, blank: Body, background: str) -> tuple[Body, ...]:
     """Places the object, or two that collide, so that it stays before a static camera."""
-    radius = SIZES[looks["size"]]
+    radius, motion = blank.radius, blank.motion
     margin = 1.2 * radius + 0.02
     numbers: dict = {}
     if motion in ("bounce", "fall"):
@@ -351,7 +349,7 @@ def _bodies(
         numbers["drop"] = highest * rng.uniform(0.85, 1.0)
         numbers["delay_s"] = rng.uniform(0.0, 0.5 if motion == "bounce" else 0.9)
         if motion == "bounce":
-            numbers["restitution"] = RESTITUTION[looks["material"]] + rng.uniform(-0.02, 0.02)
+            numbers["restitution"] = RESTITUTION[blank.material] + rng.uniform(-0.02, 0.02)
     elif motion == "pulse":
         count = int(rng.integers(1, 4))
         gap = rng.uniform(0.08, 0.2)
@@ -374,9 +372,8 @@ def _bodies(
         numbers["x"], numbers["y"] = rng.uniform(0.3, 0.7), rng.uniform(0.42, 0.55)
         numbers["turn_rate"] = rng.uniform(3.0, 5.0) * rng.choice((-1, 1))
     elif motion in ("walk left", "walk right"):
-        figure = Body(**looks, motion=motion, x=0.0)
         # Slip-free: a step is as long as the legs are wide apart at the soles.
-        step = 2 * FIGURE_HIP * figure.height * np.sin(LEG_SWING)
+        step = 2 * FIGURE_HIP * blank.height * np.sin(LEG_SWING)
         right = motion == "walk right"
         way = 2.0 * step * STRIDE_RATE / np.pi
         start = rng.uniform(0.14, max(0.86 - way, 0.15))
@@ -384,37 +381,36 @@ def _bodies(
         numbers["speed"] = (way if right else -way) / 2.0
         numbers["phase"] = rng.uniform(0, np.pi)
     else:
-        return _colliding(rng, looks, background)
-    return (Body(**looks, motion=motion, **numbers),)
+        return _colliding(rng, blank, background)
+    return (replace(blank, **numbers),)
 
 
-def _colliding(
-    rng: np.random.Generator, looks: dict[str, str], background: str
-) -> tuple[Body, ...]:
+def _colliding(rng: np.random.Generator, blank: Body, background: str) -> tuple[Body, ...]:
     """Two objects of one material that slide together and part: elastic, masses as the areas."""
-    others = [name for name in visible_colours(background) if name != looks["colour"]]
-    second = looks | {
-        "colour": others[int(rng.integers(len(others)))],
-        "shape": SHAPES[int(rng.integers(len(SHAPES)))],
-        "size": tuple(SIZES)[int(rng.integers(2))],
-    }
-    first = looks | {"size": tuple(SIZES)[int(rng.integers(2))]}
-    r1, r2 = SIZES[first["size"]], SIZES[second["size"]]
+    others = [name for name in visible_colours(background) if name != blank.colour]
+    small_sizes = tuple(SIZES)[:2]
+    first = replace(blank, size=small_sizes[int(rng.integers(2))])
+    second = replace(
+        blank,
+        colour=others[int(rng.integers(len(others)))],
+        shape=SHAPES[int(rng.integers(len(SHAPES)))],
+        size=small_sizes[int(rng.integers(2))],
+    )
     v1, v2 = rng.uniform(0.2, 0.3), -rng.uniform(0.2, 0.3)
-    m1, m2 = r1**2, r2**2
+    m1, m2 = first.radius**2, second.radius**2
     common = (m1 * v1 + m2 * v2) / (m1 + m2)
     meets_s, x = rng.uniform(0.7, 1.2), rng.uniform(0.42, 0.58)
-    left, right = x - WIDTH[first["shape"]] * r1, x + WIDTH[second["shape"]] * r2
+    left = x - WIDTH[first.shape] * first.radius
+    right = x + WIDTH[second.shape] * second.radius
     return tuple(
-        Body(
-            **body_looks,
-            motion="collide",
+        replace(
+            body,
             x=at - speed * meets_s,
             speed=speed,
             meets_s=meets_s,
             speed_after=2 * common - speed,
         )
-        for body_looks, at, speed in ((first, left, v1), (second, right, v2))
+        for body, at, speed in ((first, left, v1), (second, right, v2))
     )
 
 
