@@ -4,6 +4,7 @@ Letters: B batch, C channels, F latent frames, H W latent height and width, N to
 D model width, T audio latent frames.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,7 +66,9 @@ class VideoShape(NamedTuple):
         ):
             if size < factor or size % factor:
                 nearest = max(1, round(size / factor)) * factor
-                raise InputError(f"{name} must be a multiple of {factor}; got {size}, try {nearest}")
+                raise InputError(
+                    f"{name} must be a multiple of {factor}; got {size}, try {nearest}"
+                )
         return VideoLatentShape(
             self.batch,
             channels,
@@ -80,6 +83,39 @@ class VideoShape(NamedTuple):
         """The sound that goes with the clip: `round(duration x latents per second)` frames."""
         frames = round(self.num_frames / self.fps * latents_per_second)
         return AudioLatentShape(self.batch, channels, frames, mel_bins)
+
+
+@dataclass(frozen=True)
+class AV:
+    """The tokens of both modalities, (B, N, C) each, that a sampler moves as one state.
+
+    Arithmetic works per modality, with numbers or with another AV; an absent modality is None and
+    stays None. So a sampler reads as if it moved a single tensor.
+    """
+
+    video: Tensor | None = None
+    audio: Tensor | None = None
+
+    def map(self, function: Callable[..., Tensor], *others: "AV") -> "AV":
+        """`function(own, *others)` per modality that is present."""
+        return AV(
+            None if self.video is None else function(self.video, *(other.video for other in others)),
+            None if self.audio is None else function(self.audio, *(other.audio for other in others)),
+        )
+
+    def __add__(self, other: "AV") -> "AV":
+        return self.map(lambda a, b: a + b, other)
+
+    def __sub__(self, other: "AV") -> "AV":
+        return self.map(lambda a, b: a - b, other)
+
+    def __mul__(self, scale: float) -> "AV":
+        return self.map(lambda a: a * scale)
+
+    def __truediv__(self, scale: float) -> "AV":
+        return self.map(lambda a: a / scale)
+
+    __rmul__ = __mul__
 
 
 @dataclass(frozen=True)
