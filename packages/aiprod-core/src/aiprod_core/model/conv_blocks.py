@@ -10,6 +10,7 @@ Letters: B batch, C channels, F frames, H W height and width, (t, y, x) strides.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,8 @@ ENCODER_BLOCKS = (
 )
 DECODER_BLOCKS = ("res_x", "res_x_y", "attn", *STRIDES)
 
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+PADDING_MODES: tuple[str, ...] = get_args(PaddingMode)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class VAEBlock:
         return STRIDES.get(self.name.removesuffix("_res").removesuffix("_x_y"), (1, 1, 1))
 
 
-def down_block(block: VAEBlock, channels: int, padding: str) -> tuple[nn.Module, int]:
+def down_block(block: VAEBlock, channels: int, padding: PaddingMode) -> tuple[nn.Module, int]:
     """An encoder block, causal, and how many channels it gives."""
     wider = channels * block.multiplier
     if block.name == "res_x":
@@ -71,7 +73,12 @@ def down_block(block: VAEBlock, channels: int, padding: str) -> tuple[nn.Module,
 
 
 def up_block(
-    block: VAEBlock, channels: int, *, causal: bool, padding: str, timestep_conditioning: bool
+    block: VAEBlock,
+    channels: int,
+    *,
+    causal: bool,
+    padding: PaddingMode,
+    timestep_conditioning: bool,
 ) -> tuple[nn.Module, int]:
     """A decoder block and how many channels it gives."""
     narrower = channels // block.multiplier
@@ -111,7 +118,7 @@ class CausalConv3d(nn.Module):
         out_channels: int,
         *,
         causal: bool,
-        padding: str,
+        padding: PaddingMode,
         stride: Stride = (1, 1, 1),
     ):
         super().__init__()
@@ -135,7 +142,7 @@ class ResGroup(nn.Module):
         num_layers: int,
         *,
         causal: bool,
-        padding: str,
+        padding: PaddingMode,
         inject_noise: bool = False,
         timestep_conditioning: bool = False,
     ):
@@ -174,7 +181,7 @@ class ResBlock(nn.Module):
         out_channels: int,
         *,
         causal: bool,
-        padding: str,
+        padding: PaddingMode,
         inject_noise: bool = False,
         timestep_conditioning: bool = False,
     ):
@@ -216,7 +223,9 @@ class ResBlock(nn.Module):
 class SpaceToDepth(nn.Module):
     """Halves axes by moving pixels into channels, beside a shortcut that averages channels."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: Stride, *, padding: str):
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: Stride, *, padding: PaddingMode
+    ):
         super().__init__()
         self.stride = stride
         cells = math.prod(stride)
@@ -248,7 +257,7 @@ class DepthToSpace(nn.Module):
         *,
         residual: bool,
         causal: bool,
-        padding: str,
+        padding: PaddingMode,
     ):
         super().__init__()
         self.stride = stride

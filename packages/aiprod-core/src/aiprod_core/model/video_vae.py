@@ -24,6 +24,7 @@ from aiprod_core.model.conv_blocks import (
     PADDING_MODES,
     CausalConv3d,
     Draw,
+    PaddingMode,
     PerChannelStatistics,
     ResBlock,
     ResGroup,
@@ -62,8 +63,8 @@ class VideoVAEConfig:
     encoder_base_channels: int = 128
     decoder_base_channels: int = 128
     latent_log_var: str = "uniform"
-    encoder_padding_mode: str = "zeros"
-    decoder_padding_mode: str = "reflect"
+    encoder_padding_mode: PaddingMode = "zeros"
+    decoder_padding_mode: PaddingMode = "reflect"
     causal_decoder: bool = False
     timestep_conditioning: bool = False
 
@@ -189,6 +190,9 @@ class VideoEncoder(nn.Module):
                 f"height and width must be multiples of {self.scale.height} and "
                 f"{self.scale.width}; got {height} and {width}"
             )
+        _check_reflection(
+            self.config.encoder_padding_mode, height // self.scale.height, width // self.scale.width
+        )
         num_frames = (pixels.shape[2] - 1) // self.scale.time * self.scale.time + 1
         x = patchify(pixels[:, :, :num_frames], self.config.patch_size)
         x = self.conv_in(x)
@@ -240,7 +244,9 @@ class VideoDecoder(nn.Module):
 
         `timestep` (B,) is for timestep-conditioned decoders, 0.05 by default. Such decoders, and
         those that inject noise, draw from `generator`; `noise` gives the draws in order instead.
+        Raises InputError for latents too small to be padded by reflection.
         """
+        _check_reflection(self.config.decoder_padding_mode, *latent.shape[-2:])
         draw = _draw_from(latent, generator, noise)
         x = latent
         if self.config.timestep_conditioning:
@@ -289,6 +295,14 @@ def _draw_from(
     )
 
 
+def _check_reflection(padding: str, height: int, width: int) -> None:
+    if padding == "reflect" and min(height, width) < 2:
+        raise InputError(
+            f"a VAE that pads by reflection needs at least 2 latents in height and width; got "
+            f"{height} and {width}"
+        )
+
+
 def _narrows(block: VAEBlock) -> bool:
     return block.name not in ("res_x", "attn")
 
@@ -301,7 +315,8 @@ def _read_block(entry: Any, key: str) -> VAEBlock:
     """[name, number of layers] or [name, settings], with the published defaults."""
     try:
         name, params = entry
-        settings = {"num_layers": params} if isinstance(params, int) else dict(params)
+        layers_only = isinstance(params, int)
+        settings: dict[str, Any] = {"num_layers": params} if layers_only else dict(params)
     except (TypeError, ValueError):
         raise CheckpointError(f"vae: {key} {entry!r} is not a [name, settings] pair") from None
     unknown = settings.keys() - {"num_layers", "multiplier", "residual", "inject_noise"}
