@@ -136,11 +136,11 @@ def test_a_lora_that_matches_nothing_is_refused_even_when_allowed(
 def test_matrices_of_another_width_are_refused_before_anything_changes(
     tiny_config: TransformerConfig, randomised: Build, write_lora: Callable[..., Lora]
 ):
-    other = randomised(replace(tiny_config, in_channels=10))
+    other = randomised(replace(tiny_config, out_channels=10))
     transformer = randomised(tiny_config)
     before = {name: p.clone() for name, p in transformer.named_parameters()}
-    with pytest.raises(CheckpointError, match="patchify_proj"):
-        fuse(transformer, [(write_lora(other), 1.0)])
+    with pytest.raises(CheckpointError, match=r"proj_out.*another model"):
+        fuse(transformer, [(write_lora(other, ("patchify_proj", "proj_out")), 1.0)])
     assert all(torch.equal(p, before[name]) for name, p in transformer.named_parameters())
 
 

@@ -141,6 +141,7 @@ def fuse(
     active = [(lora, strength) for lora, strength in adapters if strength != 0]
     for lora, _ in active:
         _check_coverage(lora, coverage(module, lora), allow_unmatched)
+        _check_shapes(lora, module)
     linears = _linears(module)
     factors = [
         lora.checkpoint.read(key for keys in lora.layers.values() for key in keys)
@@ -158,11 +159,6 @@ def fuse(
         is_fp8 = isinstance(linear, Fp8CastLinear | Fp8ScaledLinear)
         dense = (linear.dense_weight() if is_fp8 else linear.weight).float()
         for down, up, strength in deltas:
-            if (up.shape[0], down.shape[1], up.shape[1]) != (*dense.shape, down.shape[0]):
-                raise CheckpointError(
-                    f"LoRA matrices {list(up.shape)} x {list(down.shape)} do not fit {name}, "
-                    f"which is {list(dense.shape)}. The LoRA is for another model."
-                )
             product = up.to(dense.device).float() @ down.to(dense.device).float()
             dense = dense + strength * product
         if round_to is not None:
@@ -188,6 +184,20 @@ def _check_coverage(lora: Lora, covered: Coverage, allow_unmatched: bool) -> Non
         f"not in this model: {some}{rest}. The LoRA is for another model"
         + (", or allow unmatched layers." if covered.matched else ".")
     )
+
+
+def _check_shapes(lora: Lora, module: nn.Module) -> None:
+    """From headers alone, so that a misfit is found before any weight has changed."""
+    for name, linear in _linears(module).items():
+        if name not in lora.layers:
+            continue
+        down, up = (lora.checkpoint.tensors[key].shape for key in lora.layers[name])
+        out_width, in_width = linear.weight.shape
+        if len(down) != 2 or down[1] != in_width or up != (out_width, down[0]):
+            raise CheckpointError(
+                f"{lora.checkpoint.paths[0]}: {list(up)} x {list(down)} does not fit {name}, "
+                f"which is {[out_width, in_width]}. The LoRA is for another model."
+            )
 
 
 def _linears(module: nn.Module) -> dict[str, nn.Linear | Fp8CastLinear | Fp8ScaledLinear]:
