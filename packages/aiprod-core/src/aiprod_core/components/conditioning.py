@@ -118,7 +118,9 @@ def replace_frames(
         )
     last_index = grid.shape.frames - latent.shape[2]
     if not 0 <= latent_index <= last_index:
-        raise InputError(f"latent_index must be 0 to {last_index} for this image; got {latent_index}")
+        raise InputError(
+            f"latent_index must be 0 to {last_index} for this image; got {latent_index}"
+        )
     tokens = grid.patchify(latent)
     start = latent_index * grid.tokens_per_frame
     rows = slice(start, start + tokens.shape[1])
@@ -174,7 +176,9 @@ def append_keyframe(
 ) -> LatentState:
     """Shows the model how the clip looks at a frame, as extra tokens at that time."""
     shape = VideoLatentShape(*latent.shape)
-    pixels = pixel_intervals(latent_intervals(shape, grid.patch_size), grid.scale, is_causal=frame == 0)
+    pixels = pixel_intervals(
+        latent_intervals(shape, grid.patch_size), grid.scale, is_causal=frame == 0
+    )
     pixels[:, 0] += frame
     if shape.frames == 1:
         pixels[:, 0, :, 1] = pixels[:, 0, :, 0] + 1

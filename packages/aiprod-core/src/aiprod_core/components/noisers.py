@@ -34,6 +34,10 @@ def noisy_start(
     )
     noise = (noise_sampler or gaussian(generator))(latents)
     return AV(
-        None if video is None or noise.video is None else add_noise(video, noise.video, noise_scale),
-        None if audio is None or noise.audio is None else add_noise(audio, noise.audio, noise_scale),
+        None
+        if video is None or noise.video is None
+        else add_noise(video, noise.video, noise_scale),
+        None
+        if audio is None or noise.audio is None
+        else add_noise(audio, noise.audio, noise_scale),
     )

@@ -85,9 +85,7 @@ class AudioGrid:
 
 def patchify_video(latent: Tensor, patch_size: int = 1) -> Tensor:
     """(B, C, F, H, W) to (B, N, C p p): frame, row, column order; channel slowest in a token."""
-    return rearrange(
-        latent, "b c f (h p) (w q) -> b (f h w) (c p q)", p=patch_size, q=patch_size
-    )
+    return rearrange(latent, "b c f (h p) (w q) -> b (f h w) (c p q)", p=patch_size, q=patch_size)
 
 
 def unpatchify_video(tokens: Tensor, shape: VideoLatentShape, patch_size: int = 1) -> Tensor:

@@ -121,7 +121,7 @@ def euler_cfg_pp(
     blend: Blend = _identity,
     callback: Callback = _ignore,
 ) -> AV:
-    """CFG++ (Chung et al. 2024, arXiv:2406.08070): guidance moves the clean estimate, not the noise.
+    """CFG++ (Chung et al. 2024, arXiv:2406.08070): guidance that leaves the noise alone.
 
     `denoise` returns the guided and the unconditional estimate (`GuidedDenoiser.with_uncond`).
     """
@@ -372,8 +372,8 @@ def res_2s(
         x_mid = anchor + (denoised - anchor) * (h * a21)
         x_mid = renoise(anchor, x_mid, sigma, sigma_mid, substep_noise_sampler(x), 0.5)
         if refine_anchor and h < 0.5 and sigma > 0.03:
-            # The anchor from which the substep would have led to x_mid without noise. The usual 100
-            # rounds of anchor <- x_mid - c (denoised - anchor) end at this fixed point, for c < 1/4.
+            # The anchor from which the substep would have led to x_mid without noise: where the
+            # usual 100 rounds of anchor <- x_mid - c (denoised - anchor) end, as c < 1/4.
             c = h * a21
             anchor = (x_mid - denoised * c) / (1 - c)
         # Full step, from the estimates at both ends of the substep.

@@ -54,7 +54,7 @@ def linear_quadratic(
     threshold: float = 0.025,  # how far below 1 the linear part ends
     linear_steps: int | None = None,  # default: half of them
 ) -> Tensor:
-    """Small even steps near pure noise, then growing ones (Movie Gen, arXiv:2410.13720, sec. 3.4)."""
+    """Small even steps near pure noise, then growing ones (Movie Gen, arXiv:2410.13720)."""
     _check_steps(steps)
     if steps == 1:
         return torch.tensor([1.0, 0.0])
