@@ -27,7 +27,7 @@ from aiprod_core.components.samplers import Blend
 from aiprod_core.errors import InputError
 from aiprod_core.types import AV, LatentState, VideoLatentShape
 
-# ----------------------------------------------------------------------------------------- states
+# ------------------------------------------------------------------------------------------- states
 
 
 def video_state(
@@ -162,7 +162,7 @@ def regenerate_window(state: LatentState, start_s: float, end_s: float) -> Laten
     return replace(state, denoise_mask=overlaps[..., None].to(state.denoise_mask))
 
 
-# ------------------------------------------------------------------------------------ appending
+# ---------------------------------------------------------------------------------------- appending
 
 
 def append_keyframe(
@@ -322,8 +322,8 @@ def _append(
 def _extended_attention(
     state: LatentState, num_target: int, new: int, attention: float | Tensor | None
 ) -> Tensor | None:
-    """(B, N + M, N + M): new tokens and the clip's see each other with weight `attention`, (B, M) or
-    one number; new tokens see themselves, and none of the other conditions.
+    """(B, N + M, N + M) in which new tokens see the clip's and are seen by them with weight
+    `attention`, (B, M) or one number; themselves with 1, and no other condition.
 
     No mask is made before the first condition that asks for one. It then lets the earlier ones see
     each other; later ones that ask for nothing see the clip with weight 1.
@@ -346,7 +346,7 @@ def _extended_attention(
     return mask
 
 
-# ----------------------------------------------------------------------------- from pixels to latents
+# --------------------------------------------------------------------------- from pixels to latents
 
 
 def mask_to_latent(

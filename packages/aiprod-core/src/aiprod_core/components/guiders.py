@@ -21,7 +21,7 @@ from aiprod_core.types import AV, LatentState, Modality
 T = TypeVar("T")
 DELTA_DIMS = (1, 2)  # tokens and channels: everything but the batch
 
-# --------------------------------------------------------------------------------------- formulas
+# ----------------------------------------------------------------------------------------- formulas
 
 
 def cfg_delta(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
@@ -85,7 +85,7 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=DELTA_DIMS, keepdim=True)  # (B, 1, 1)
 
 
-# --------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def binned(table: Mapping[float, T], sigma: float) -> T:
     return table[min(not_below) if not_below else max(table)]
 
 
-# --------------------------------------------------------------------------------------- denoiser
+# ----------------------------------------------------------------------------------------- denoiser
 
 
 @dataclass(frozen=True)

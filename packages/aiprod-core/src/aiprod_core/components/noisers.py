@@ -26,7 +26,7 @@ def noisy_start(
 ) -> AV:
     """The first x of a sampler. Draws video, then audio, tokens of conditions included.
 
-    A frozen modality takes part in the draw, so that its presence does not depend on how it is used.
+    A frozen modality takes part in the draw: a seed's noise does not depend on how a sound is used.
     """
     latents = AV(
         None if video is None else video.latent.float(),

@@ -33,11 +33,11 @@ def _identity(x: AV) -> AV:
     return x
 
 
-def _ignore(step: int, sigma: float, x: AV, denoised: AV) -> None:
-    pass
+def ignore_step(step: int, sigma: float, x: AV, denoised: AV) -> None:
+    """The callback that does nothing."""
 
 
-# ------------------------------------------------------------------------------------ first order
+# -------------------------------------------------------------------------------------- first order
 
 
 def euler(
@@ -48,7 +48,7 @@ def euler(
     generator: torch.Generator | None = None,
     noise_sampler: NoiseSampler | None = None,
     blend: Blend = _identity,
-    callback: Callback = _ignore,
+    callback: Callback = ignore_step,
 ) -> AV:
     """Euler's method."""
     x = x.map(_at_least_float32)
@@ -74,7 +74,7 @@ def euler_ancestral(
     generator: torch.Generator | None = None,
     noise_sampler: NoiseSampler | None = None,
     blend: Blend = _identity,
-    callback: Callback = _ignore,
+    callback: Callback = ignore_step,
 ) -> AV:
     """Euler to below the next sigma, then noise back up to it; the flow form of k-diffusion's."""
     x = x.map(_at_least_float32)
@@ -119,7 +119,7 @@ def euler_cfg_pp(
     generator: torch.Generator | None = None,
     noise_sampler: NoiseSampler | None = None,
     blend: Blend = _identity,
-    callback: Callback = _ignore,
+    callback: Callback = ignore_step,
 ) -> AV:
     """CFG++ (Chung et al. 2024, arXiv:2406.08070): guidance that leaves the noise alone.
 
@@ -170,7 +170,7 @@ def ddim(
     generator: torch.Generator | None = None,
     noise_sampler: NoiseSampler | None = None,
     blend: Blend = _identity,
-    callback: Callback = _ignore,
+    callback: Callback = ignore_step,
 ) -> AV:
     """DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12 and 16) with alpha = 1 - sigma."""
     x = x.map(_at_least_float32)
@@ -200,7 +200,7 @@ def gradient_estimation(
     generator: torch.Generator | None = None,
     noise_sampler: NoiseSampler | None = None,
     blend: Blend = _identity,
-    callback: Callback = _ignore,
+    callback: Callback = ignore_step,
 ) -> AV:
     """Euler on a velocity extrapolated from the last two (Permenter & Yuan, arXiv:2306.04848)."""
     x = x.map(_at_least_float32)
@@ -219,7 +219,7 @@ def gradient_estimation(
     return x
 
 
-# ----------------------------------------------------------------------------------- second order
+# ------------------------------------------------------------------------------------- second order
 
 
 def heun(
@@ -230,7 +230,7 @@ def heun(
     generator: torch.Generator | None = None,
     noise_sampler: NoiseSampler | None = None,
     blend: Blend = _identity,
-    callback: Callback = _ignore,
+    callback: Callback = ignore_step,
 ) -> AV:
     """Heun's method (Karras et al. 2022, arXiv:2206.00364, Alg. 1) on the flow path.
 
@@ -259,7 +259,7 @@ def dpmpp_2m(
     generator: torch.Generator | None = None,
     noise_sampler: NoiseSampler | None = None,
     blend: Blend = _identity,
-    callback: Callback = _ignore,
+    callback: Callback = ignore_step,
 ) -> AV:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, Alg. 2), alpha = 1 - sigma.
 
@@ -288,7 +288,7 @@ def dpmpp_2m_sde(
     generator: torch.Generator | None = None,
     noise_sampler: NoiseSampler | None = None,
     blend: Blend = _identity,
-    callback: Callback = _ignore,
+    callback: Callback = ignore_step,
 ) -> AV:
     """SDE-DPM-Solver++(2M) (arXiv:2211.01095, eq. 18), midpoint form.
 
@@ -328,7 +328,7 @@ def res_2s(
     generator: torch.Generator | None = None,
     noise_sampler: NoiseSampler | None = None,
     blend: Blend = _identity,
-    callback: Callback = _ignore,
+    callback: Callback = ignore_step,
 ) -> AV:
     """Exponential Runge-Kutta of order 2 with one substep (RES, arXiv:2308.02157), as an SDE.
 
@@ -441,7 +441,7 @@ SAMPLERS = {
 }
 
 
-# ------------------------------------------------------------------------------------------ parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 def gaussian(generator: torch.Generator | None) -> NoiseSampler:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def _loop(case: Case) -> dict[str, Tensor]:
         None if audio is None else audio.denoise_mask,
     )
     sigmas = case.input("sigmas")
-    common = {"blend": keep_conditions(video, audio), "noise_sampler": _given_noise(case)}
+    common: dict[str, Any] = {"blend": keep_conditions(video, audio), "noise_sampler": _given_noise(case)}
     name = case.name.removeprefix("loop-")
     if name.startswith("res2s"):
         is_masked = not params.get("legacy_mode", True)
