@@ -80,6 +80,10 @@ def load_video_encoder(
     checkpoint: Checkpoint, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> VideoEncoder:
     config = VideoVAEConfig.from_metadata(checkpoint.section("vae"))
+    for key, info in checkpoint.tensors.items():
+        # Published encoders start `latent_channels` wide whatever encoder_base_channels says.
+        if key_maps.VIDEO_ENCODER.rename(key) == "conv_in.conv.bias":
+            config = replace(config, encoder_base_channels=info.shape[0])
     return load_module(
         checkpoint,
         key_maps.VIDEO_ENCODER,

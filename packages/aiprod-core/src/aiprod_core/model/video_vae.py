@@ -101,14 +101,15 @@ class VideoVAEConfig:
         if not section.get("encoder_blocks") and not section.get("decoder_blocks"):
             raise CheckpointError("vae: the config has neither encoder_blocks nor decoder_blocks")
         spatial = section.get("spatial_padding_mode")
+        latent_channels = section.get("latent_channels", cls.latent_channels)
         return cls(
             encoder_blocks=_read_blocks(section, "encoder_blocks"),
             decoder_blocks=_read_blocks(section, "decoder_blocks"),
             in_channels=section.get("in_channels", cls.in_channels),
             out_channels=section.get("out_channels", cls.out_channels),
-            latent_channels=section.get("latent_channels", cls.latent_channels),
+            latent_channels=latent_channels,
             patch_size=section.get("patch_size", cls.patch_size),
-            encoder_base_channels=section.get("encoder_base_channels", cls.encoder_base_channels),
+            encoder_base_channels=section.get("encoder_base_channels", latent_channels),
             decoder_base_channels=section.get("decoder_base_channels", cls.decoder_base_channels),
             latent_log_var=section.get("latent_log_var", cls.latent_log_var),
             encoder_padding_mode=spatial or section.get("encoder_spatial_padding_mode", "zeros"),
