@@ -33,6 +33,8 @@ BT709 = 1  # the same number names the matrix, the primaries and the transfer cu
 LIMITED_RANGE = 1
 FULL_RANGE = 2
 
+MP4_OPTIONS = {"movflags": "+faststart"}  # the index first: players need not read to the end
+
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "bicubic": Image.Resampling.BICUBIC,
@@ -207,12 +209,15 @@ def write_video(
     path = Path(path)
     check_output_path(path)
     rate = Fraction(fps).limit_denominator(1001)
-    with (
-        _replaced_when_whole(path) as temporary,
-        av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"}) as container,
-    ):
-        container.metadata.update(metadata or {})
-        return _encode(container, chunks, rate, audio, crf)
+    try:
+        with (
+            _replaced_when_whole(path) as temporary,
+            av.open(str(temporary), "w", format="mp4", options=MP4_OPTIONS) as container,
+        ):
+            container.metadata.update(metadata or {})
+            return _encode(container, chunks, rate, audio, crf)
+    except (av.error.FFmpegError, OSError) as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}).") from error
 
 
 def enlarge(

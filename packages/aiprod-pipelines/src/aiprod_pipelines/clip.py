@@ -1,0 +1,106 @@
+"""What a pipeline returns: final latents, decoded when they are asked for."""
+
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aiprod_core.types import AV
+from aiprod_pipelines import media, stages
+from aiprod_pipelines.components import ModelSet
+from aiprod_pipelines.progress import Progress
+from aiprod_pipelines.recipe import embed, make_recipe
+from aiprod_pipelines.request import GenerationRequest
+
+
+@dataclass
+class Clip:
+    """A clip as latents. `save` decodes it chunk by chunk into a file; nothing is decoded twice."""
+
+    pipeline: str
+    models: ModelSet
+    request: GenerationRequest  # resolved: every field is set
+    latents: AV
+    progress: Progress = field(default_factory=Progress)
+
+    def frames(self) -> Iterator[Tensor]:
+        """Chunks (frames, height, width, 3) of uint8, in order, at the model's own size."""
+        assert self.latents.video is not None
+        return stages.decode_video(self.models, self.latents.video, self.progress)
+
+    @cached_property
+    def audio(self) -> media.Audio | None:
+        """The sound, as long as the picture; None in a silent clip."""
+        if self.latents.audio is None:
+            return None
+        duration_s = self.request.shape.duration_s
+        return stages.decode_audio(self.models, self.latents.audio, duration_s, self.progress)
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """All that is needed to make the clip again, and a hash of its latents."""
+        latents = {"video": self.latents.video, "audio": self.latents.audio}
+        return make_recipe(
+            self.pipeline,
+            self.models.name,
+            self.models.checkpoint,
+            self.request,
+            {name: latent for name, latent in latents.items() if latent is not None},
+            {"device": self.models.device.type, "dtype": str(self.models.dtype).split(".")[-1]},
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Writes an MP4 that carries the recipe. Raises InputError where it cannot be written."""
+        media.check_output_path(path)
+        height, width = self.size
+        chunks = media.enlarge(
+            self.frames(), height=height, width=width, method=self.request.enlarge_method
+        )
+        media.write_video(
+            path,
+            chunks,
+            self.request.shape.fps,
+            audio=self.audio,
+            metadata=embed(self.recipe),
+            crf=self.request.crf,
+        )
+        return Path(path)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the written file, in pixels."""
+        shape = self.request.shape
+        return shape.height * self.request.enlarge, shape.width * self.request.enlarge
+
+    def report(self, output: str | Path) -> dict[str, Any]:
+        """What `aiprod generate --json` prints of a saved clip."""
+        height, width = self.size
+        return {
+            "output": str(output),
+            "model": self.models.name,
+            "pipeline": self.pipeline,
+            "seed": self.request.seed,
+            "width": width,
+            "height": height,
+            "num_frames": self.request.num_frames,
+            "frame_rate": self.request.frame_rate,
+            "audio_sample_rate": self.audio.sample_rate if self.audio else None,
+            "seconds": {name: round(s, 3) for name, s in self.progress.seconds.items()},
+            "peak_memory_mib": round(peak_memory_mib(self.models.device), 1),
+            "enlarge": self.request.enlarge,
+            "latents_sha256": self.recipe["latents_sha256"],
+        }
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory held so far: of the GPU by PyTorch, or of the process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, KiB on Linux

@@ -1,0 +1,510 @@
+"""The networks of one model: found by name, checked by their headers, lent stage by stage.
+
+A model is named by `nano`, by a path (one file, shards, or a folder of split files), or by a hub
+repository (`org/name`, or `org/name/file.safetensors` where it holds several). Opening reads
+headers only; what cannot work is refused there, before any gigabyte.
+"""
+
+import dataclasses
+import gc
+import importlib.resources
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from aiprod_core.errors import CheckpointError, InputError
+from aiprod_core.loader import networks
+from aiprod_core.loader.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
+from aiprod_core.model.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
+from aiprod_core.model.text_connector import TextConfig, TextProjector
+from aiprod_core.model.text_encoder import TextEncoder
+from aiprod_core.model.transformer import Transformer, TransformerConfig
+from aiprod_core.model.video_vae import VideoDecoder, VideoEncoder, VideoVAEConfig
+from aiprod_core.model.vocoder import Vocoder, VocoderConfig
+from aiprod_pipelines.request import ModelProfile, PerModality
+
+logger = logging.getLogger(__name__)
+
+BUNDLED = {"nano": ("aiprod_nano", "nano-dev.safetensors")}
+
+DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# Models up to this size stay in memory between stages and calls; larger ones are freed.
+KEEP_LOADED_BYTES = 2 * 2**30
+
+COMPONENT_PREFIXES = {
+    "transformer": ("model.diffusion_model.",),
+    "text connectors": (
+        "model.diffusion_model.video_embeddings_connector.",
+        "model.diffusion_model.audio_embeddings_connector.",
+    ),
+    "text projection": ("text_embedding_projection.",),
+    "video encoder": ("vae.encoder.", "encoder."),
+    "video decoder": ("vae.decoder.", "decoder."),
+    "audio encoder": ("audio_vae.encoder.",),
+    "audio decoder": ("audio_vae.decoder.",),
+    "vocoder": ("vocoder.",),
+}
+
+
+@dataclass
+class ModelSet:
+    """One model, ready to lend its networks. Build it with `ModelSet.open`."""
+
+    name: str
+    checkpoint: Checkpoint
+    profile: ModelProfile
+    device: torch.device
+    dtype: torch.dtype
+    text_encoder_source: Path | str | None = None
+    keeps_loaded: bool = True
+    _loaded: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path,
+        *,
+        text_encoder: str | Path | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> "ModelSet":
+        """Finds the model and reads its headers, no weights.
+
+        `text_encoder` is a folder or hub repository; by default the folder `text_encoder` beside
+        the file, else what the checkpoint's metadata names. Raises InputError or CheckpointError
+        for a model that cannot be found or is not supported.
+        """
+        chosen_device = choose_device(device)
+        chosen_dtype = choose_dtype(dtype, chosen_device)
+        checkpoint = open_checkpoint(*resolve_model(str(model), text_encoder))
+        beside = checkpoint.paths[0].parent / "text_encoder"
+        if text_encoder is None and beside.is_dir():
+            text_encoder = beside
+        check_supported(checkpoint, text_encoder)
+        size = sum(path.stat().st_size for path in checkpoint.paths)
+        return cls(
+            name=str(model),
+            checkpoint=checkpoint,
+            profile=read_profile(checkpoint),
+            device=chosen_device,
+            dtype=chosen_dtype,
+            text_encoder_source=text_encoder,
+            keeps_loaded=size <= KEEP_LOADED_BYTES,
+        )
+
+    @property
+    def transformer_config(self) -> TransformerConfig:
+        return TransformerConfig.from_metadata(self.checkpoint.section("transformer"))
+
+    @property
+    def audio_config(self) -> AudioVAEConfig:
+        return AudioVAEConfig.from_metadata(self.checkpoint.section("audio_vae"))
+
+    # Lending. Each is a context: the network is freed at its end unless the model is small.
+
+    @contextmanager
+    def text_encoder(self) -> Iterator[TextEncoder]:
+        with self._lend("text_encoder", self._load_text_encoder) as encoder:
+            yield encoder
+
+    @contextmanager
+    def text_projector(self) -> Iterator[TextProjector]:
+        with self._lend("text_projector", lambda: self._load(networks.load_text_projector)) as net:
+            yield net
+
+    @contextmanager
+    def transformer(self) -> Iterator[Transformer]:
+        with self._lend("transformer", lambda: self._load(networks.load_transformer)) as net:
+            yield net
+
+    @contextmanager
+    def video_encoder(self) -> Iterator[VideoEncoder]:
+        with self._lend("video_encoder", lambda: self._load(networks.load_video_encoder)) as net:
+            yield net
+
+    @contextmanager
+    def video_decoder(self) -> Iterator[VideoDecoder]:
+        with self._lend("video_decoder", lambda: self._load(networks.load_video_decoder)) as net:
+            yield net
+
+    @contextmanager
+    def audio_encoder(self) -> Iterator[AudioEncoder]:
+        with self._lend("audio_encoder", lambda: self._load(networks.load_audio_encoder)) as net:
+            yield net
+
+    @contextmanager
+    def audio_decoder(self) -> Iterator[AudioDecoder]:
+        with self._lend("audio_decoder", lambda: self._load(networks.load_audio_decoder)) as net:
+            yield net
+
+    @contextmanager
+    def vocoder(self) -> Iterator[Vocoder]:
+        with self._lend("vocoder", lambda: self._load(networks.load_vocoder)) as net:
+            yield net
+
+    @contextmanager
+    def _lend(self, name: str, load: Callable[[], Any]) -> Iterator[Any]:
+        network = self._loaded.get(name)
+        if network is None:
+            network = load()
+        if self.keeps_loaded:
+            self._loaded[name] = network
+        try:
+            yield network
+        finally:
+            del network
+            if not self.keeps_loaded:
+                gc.collect()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+
+    def _load(self, load: Callable[..., nn.Module]) -> nn.Module:
+        return load(self.checkpoint, device=self.device, dtype=self.dtype)
+
+    def _load_text_encoder(self) -> TextEncoder:
+        # In the encoder's own precision: the rest of the model is told apart by `dtype`.
+        return networks.load_text_encoder(
+            self.checkpoint, self.text_encoder_source, device=self.device
+        )
+
+
+# Finding a model.
+
+
+def resolve_model(model: str, text_encoder: str | Path | None = None) -> list[Path]:
+    """The files of a model by its name. Raises InputError saying what was looked for."""
+    if model in BUNDLED:
+        return [_bundled_path(model)]
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _files_of_folder(path)
+    if path.is_file():
+        return _with_other_shards(path)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+\.safetensors)?", model) and not path.is_absolute():
+        return _fetch_from_hub(model, text_encoder)
+    raise InputError(
+        f"{model}: no such model; give {', '.join(BUNDLED)}, a path to a .safetensors file or a "
+        "folder of them, or a hub repository as org/name."
+    )
+
+
+def _bundled_path(name: str) -> Path:
+    package, file_name = BUNDLED[name]
+    try:
+        path = Path(str(importlib.resources.files(package) / file_name))
+    except ModuleNotFoundError:
+        path = None
+    if path is None or not path.is_file():
+        raise InputError(
+            f"{name}: its weights are not installed; run pip install packages/aiprod-nano, or give "
+            "another --model."
+        )
+    return path
+
+
+def _with_other_shards(path: Path) -> list[Path]:
+    """All of `x-00001-of-00003.safetensors` and its siblings, for any one of them."""
+    match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})(\.safetensors)", path.name)
+    if match is None:
+        return [path]
+    stem, count, suffix = match.groups()
+    shards = [path.with_name(f"{stem}-{i:05}-of-{count}{suffix}") for i in range(1, int(count) + 1)]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{path.parent}: {len(missing)} of {int(count)} shards are missing: "
+            f"{', '.join(missing[:3])}."
+        )
+    return shards
+
+
+def _files_of_folder(folder: Path) -> list[Path]:
+    """The files of the split layout, transformer first, or the folder's single model.
+
+    LoRAs, upsamplers and other files that are no part of a base model are left out.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{folder}: no .safetensors file in this folder.")
+    kinds = {path: _components(open_checkpoint(path)) for path in files}
+    with_transformer = [path for path in files if "transformer" in kinds[path]]
+    if not with_transformer:
+        raise CheckpointError(f"{folder}: none of its files holds a transformer.")
+    chosen = _with_other_shards(with_transformer[0])
+    if any(path not in chosen for path in with_transformer):
+        names = ", ".join(path.name for path in with_transformer)
+        raise InputError(f"{folder}: holds several models; give one of {names}.")
+    have = set[str]().union(*(kinds[path] for path in chosen))
+    for path in files:
+        if path not in chosen and kinds[path] - have:
+            have |= kinds[path]
+            chosen.append(path)
+    return chosen
+
+
+def _fetch_from_hub(model: str, text_encoder: str | Path | None) -> list[Path]:
+    """Downloads a model (or finds it in the cache), its header first.
+
+    Raises InputError when the repository is unknown, gated, out of reach or holds several models.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    parts = model.split("/", 2)
+    repo_id, file_name = "/".join(parts[:2]), parts[2] if len(parts) == 3 else None
+    api = HfApi()
+    try:
+        names = [n for n in api.list_repo_files(repo_id) if n.endswith(".safetensors")]
+        file_name = file_name or _base_model_name(repo_id, names)
+        header = api.parse_safetensors_file_metadata(repo_id, file_name)
+        check_supported(
+            Checkpoint(
+                (Path(model),),
+                {k: _parsed(v) for k, v in header.metadata.items()},
+                {
+                    key: TensorInfo(Path(file_name), tuple(info.shape), DTYPES[info.dtype])
+                    for key, info in header.tensors.items()
+                    if info.dtype in DTYPES
+                },
+            ),
+            text_encoder,
+        )
+        return _with_other_shards(Path(hf_hub_download(repo_id, file_name)))
+    except GatedRepoError as error:
+        raise InputError(
+            f"{repo_id}: access is gated; accept the licence on its page, then run `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"{model}: neither a file here nor a repository on the hub.") from error
+    except Exception as error:
+        if not (isinstance(error, HfHubHTTPError | OSError) or _is_http_client_error(error)):
+            raise
+        cached = _cached_file(repo_id, file_name)
+        if cached is not None:
+            logger.warning("%s: the hub is out of reach, using the cached %s", repo_id, cached.name)
+            return _with_other_shards(cached)
+        raise InputError(
+            f"{model}: no such file here, and the hub is out of reach and its cache has no copy."
+        ) from error
+
+
+def _is_http_client_error(error: Exception) -> bool:
+    # By name: the hub's client has used three HTTP libraries, and lets their errors through.
+    return type(error).__module__.split(".")[0] in ("httpx", "httpx2", "requests")
+
+
+def _base_model_name(repo_id: str, names: list[str]) -> str:
+    """The one file at the top of a repository that can be meant, preferring `-dev`."""
+    top = [name for name in names if "/" not in name]
+    for candidates in (top, [n for n in top if n.endswith("-dev.safetensors")]):
+        if len(candidates) == 1:
+            return candidates[0]
+    if not top:
+        raise InputError(f"{repo_id}: no .safetensors file at the top of this repository.")
+    raise InputError(f"{repo_id}: holds several files; give one, e.g. {repo_id}/{top[0]}.")
+
+
+def _cached_file(repo_id: str, file_name: str | None) -> Path | None:
+    files = {name: path for repo, name, path in _cached_files() if repo == repo_id}
+    if file_name is None and files:
+        file_name = _base_model_name(repo_id, sorted(files))
+    return files.get(file_name or "")
+
+
+def _cached_files() -> list[tuple[str, str, Path]]:
+    """(repository, file name in it, path) of every safetensors file in the hub's cache."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repositories = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    return [
+        (repo.repo_id, str(file.file_path.relative_to(revision.snapshot_path)), file.file_path)
+        for repo in repositories
+        for revision in repo.revisions
+        for file in revision.files
+        if file.file_name.endswith(".safetensors")
+    ]
+
+
+def _parsed(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+# What a header says.
+
+
+def check_supported(checkpoint: Checkpoint, text_encoder: str | Path | None = None) -> None:
+    """Raises CheckpointError, naming what is in the way, for a model that no pipeline can run.
+
+    Every section of the config is read as the networks will read it, and the text encoder must be
+    known, so that nothing is refused only after gigabytes.
+    """
+    name, config = checkpoint.paths[0], checkpoint.config  # refuses a LoRA, or no metadata
+    found = _components(checkpoint)
+    if "transformer" not in found:
+        held = ", ".join(sorted(found)) or "nothing that belongs to a base model"
+        raise CheckpointError(
+            f"{name}: no transformer in this file (it holds {held}). Give the base model."
+        )
+    diffusion = next((key for key in config if "diffusion" in key), None)
+    if diffusion or (checkpoint.version >= (2, 5) and "video decoder" not in found):
+        raise CheckpointError(
+            f"{name}: its video decoder is the diffusion decoder of LTX-2.5 "
+            f"({diffusion or 'no vae.decoder tensors'}), which is not supported yet; give a model "
+            "with the convolutional decoder."
+        )
+    networks.check_text_encoder(checkpoint, text_encoder)
+    lacking = [part for part in ("video decoder", "text projection") if part not in found]
+    if lacking:
+        raise CheckpointError(
+            f"{name}: no {' and no '.join(lacking)} in it. Give the whole model: the single file, "
+            "or the folder that holds all of its parts."
+        )
+    TransformerConfig.from_metadata(checkpoint.section("transformer"))
+    TextConfig.from_metadata(checkpoint.section("transformer"))
+    VideoVAEConfig.from_metadata(checkpoint.section("vae"))
+    if _has_sound(checkpoint):
+        AudioVAEConfig.from_metadata(checkpoint.section("audio_vae"))
+        VocoderConfig.from_metadata(checkpoint.section("vocoder"))
+
+
+def read_profile(checkpoint: Checkpoint) -> ModelProfile:
+    """The grid, LTX-2's defaults by version, then the file's own `generation` metadata."""
+    transformer = TransformerConfig.from_metadata(checkpoint.section("transformer"))
+    video_vae = VideoVAEConfig.from_metadata(checkpoint.section("vae"))
+    is_2_0 = checkpoint.version < (2, 3)
+    num_layers = transformer.num_layers
+    profile = ModelProfile(
+        scale=video_vae.scale,
+        num_inference_steps=40 if is_2_0 else 30,
+        # A smaller model is perturbed at the same relative depth.
+        stg_blocks=((29 if is_2_0 else 28) * num_layers // 48,),
+        image_crf=18 if checkpoint.version >= (2, 4) else 33,
+        num_layers=num_layers,
+        has_audio=_has_sound(checkpoint),
+    )
+    generation = checkpoint.metadata.get("generation")
+    return profile.replaced(generation) if isinstance(generation, dict) else profile
+
+
+def _has_sound(checkpoint: Checkpoint) -> bool:
+    return "audio_vae" in checkpoint.config and "vocoder" in checkpoint.config
+
+
+def count_parameters(checkpoint: Checkpoint) -> dict[str, int]:
+    """Parameters by component, from the header. Connectors are not counted in the transformer."""
+    counts = dict.fromkeys(COMPONENT_PREFIXES, 0)
+    for key, info in checkpoint.tensors.items():
+        component = _component_of(key)
+        if component is not None:
+            counts[component] += torch.Size(info.shape).numel()
+    return {name: count for name, count in counts.items() if count}
+
+
+def _components(checkpoint: Checkpoint) -> set[str]:
+    if checkpoint.is_lora:
+        return set()
+    return {name for key in checkpoint.tensors if (name := _component_of(key)) is not None}
+
+
+def _component_of(key: str) -> str | None:
+    matches = [
+        (len(prefix), name)
+        for name, prefixes in COMPONENT_PREFIXES.items()
+        for prefix in prefixes
+        if key.startswith(prefix)
+    ]
+    return max(matches)[1] if matches else None
+
+
+# For the command line.
+
+
+def available_models() -> list[dict[str, Any]]:
+    """Models that can be named without a path: shipped ones, and base models in the hub's cache."""
+    found = []
+    for name in BUNDLED:
+        try:
+            size = _bundled_path(name).stat().st_size
+            found.append({"name": name, "bytes": size, "note": "ships with AIPROD, runs on a CPU"})
+        except InputError:
+            note = "not installed: pip install packages/aiprod-nano"
+            found.append({"name": name, "bytes": None, "note": note})
+    for repo_id, file_name, path in _cached_files():
+        try:
+            if "transformer" in _components(open_checkpoint(path)):
+                entry = {"name": f"{repo_id}/{file_name}", "bytes": path.stat().st_size}
+                found.append({**entry, "note": "in the hub cache"})
+        except CheckpointError:
+            continue  # half a download: it is not available
+    return found
+
+
+def describe_model(model: str) -> dict[str, Any]:
+    """Version, grid, defaults, precision and parameter counts of a model, from its headers."""
+    checkpoint = open_checkpoint(*resolve_model(model))
+    profile = read_profile(checkpoint)
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values()})
+    defaults = dataclasses.asdict(profile)
+    grid = profile.scale
+    for name in ("scale", "num_layers", "has_audio"):
+        del defaults[name]
+    return {
+        "model": model,
+        "files": [path.name for path in checkpoint.paths],
+        "bytes": sum(path.stat().st_size for path in checkpoint.paths),
+        "version": ".".join(map(str, checkpoint.version)) or "2.0 (none in the header)",
+        "dtypes": dtypes,
+        "grid": f"{grid.time}k+1 frames, width a multiple of {grid.width}, height of {grid.height}",
+        "has_audio": profile.has_audio,
+        "text_encoder": (checkpoint.config.get("text_encoder") or {}).get("type", "gemma3"),
+        "defaults": {
+            name: value._asdict() if isinstance(value, PerModality) else value
+            for name, value in defaults.items()
+        },
+        "parameters": count_parameters(checkpoint),
+    }
+
+
+# Where and how to compute.
+
+
+def choose_device(name: str | None = None) -> torch.device:
+    """The named device, or the best there is: cuda, then mps, then cpu."""
+    if name is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device must be cpu, cuda, cuda:N or mps; got {name}.") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda: PyTorch finds no CUDA GPU here; use --device cpu.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("device mps: PyTorch finds no Apple GPU here; use --device cpu.")
+    return device
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The named precision, or float32 on the CPU and bfloat16 on a GPU."""
+    if name is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPE_NAMES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPE_NAMES)}; got {name}.")
+    return DTYPE_NAMES[name]
