@@ -147,8 +147,9 @@ class GuidedModality:
     """One modality of a run: its tokens and conditions, its text, how it is guided.
 
     context, negative_context (B, S, D) of one shape; context_mask, negative_context_mask (B, S) or
-    None. `guidance` may be a table from sigma (see `binned`). A frozen modality is shown to the
-    other as it is: sigma 0.
+    None; without a negative one, the passes of the other modality's negative prompt use `context`.
+    `guidance` may be a table from sigma (see `binned`). A frozen modality is shown to the other as
+    it is: sigma 0. Published pipelines give it no guidance and no negative context.
     """
 
     state: LatentState

@@ -29,7 +29,10 @@ def _loop(case: Case) -> dict[str, Tensor]:
         None if audio is None else audio.denoise_mask,
     )
     sigmas = case.input("sigmas")
-    common: dict[str, Any] = {"blend": keep_conditions(video, audio), "noise_sampler": _given_noise(case)}
+    common: dict[str, Any] = {
+        "blend": keep_conditions(video, audio),
+        "noise_sampler": _given_noise(case),
+    }
     name = case.name.removeprefix("loop-")
     if name.startswith("res2s"):
         is_masked = not params.get("legacy_mode", True)

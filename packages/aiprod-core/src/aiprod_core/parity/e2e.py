@@ -211,8 +211,10 @@ def _guided(
     case: Case, modality: str, state: LatentState, *, is_guided: bool, is_frozen: bool = False
 ) -> GuidedModality:
     settings = case.params.get(f"{modality}_guidance") if is_guided else None
-    guidance = Guidance()
+    guidance, negative_context = Guidance(), None
     if settings:
+        # An unguided modality has no negative text: a frozen sound hears the prompt in every pass.
+        negative_context = case.optional_input(f"context.neg_{modality}")
         guidance = Guidance(
             cfg_scale=settings["cfg"],
             stg_scale=settings["stg"],
@@ -224,7 +226,7 @@ def _guided(
     return GuidedModality(
         state,
         case.input(f"context.pos_{modality}"),
-        case.optional_input(f"context.neg_{modality}"),
+        negative_context,
         guidance,
         is_frozen=is_frozen,
     )
