@@ -8,11 +8,11 @@ from aiprod_trainer.world.scene import sample_scene
 from aiprod_trainer.world.sound import SAMPLE_RATE, synthesise
 
 
-def shares_right(count: int, seed: int, damaged: bool) -> dict[str, float]:
+def shares_right(count: int, seed: int, damaged: bool, world: str = "v1") -> dict[str, float]:
     rng = np.random.default_rng(seed)
     rows: dict[str, list[float]] = {}
     for _ in range(count):
-        scene = sample_scene(rng)
+        scene = sample_scene(rng, world=world)
         frames, audio = render(scene), synthesise(scene)
         if damaged:
             frames, audio = damage(frames, audio, rng)
@@ -33,6 +33,14 @@ def test_the_judge_survives_blur_and_noise():
     times = {key: shares.pop(key) for key in list(shares) if key.endswith("_ms")}
     assert min(shares.values()) >= 0.9, shares
     assert max(times.values()) < 10, times
+
+
+def test_the_judge_is_right_on_world_v2_with_its_cameras_and_second_objects():
+    shares = shares_right(36, seed=13, damaged=False, world="v2")
+    times = {key: shares.pop(key) for key in list(shares) if key.endswith("_ms")}
+    assert min(shares.values()) >= 0.94, shares
+    assert shares["camera"] == 1.0
+    assert max(times.values()) < 8, times
 
 
 def test_delayed_sound_is_measured_as_that_much_out_of_sync():

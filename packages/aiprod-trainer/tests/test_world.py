@@ -4,15 +4,21 @@ import numpy as np
 import pytest
 
 from aiprod_core.errors import InputError
+from aiprod_trainer.world.camera import CAMERAS
 from aiprod_trainer.world.captions import HELD_OUT, WORDS, describe
-from aiprod_trainer.world.render import object_mask, render, signed_distance
+from aiprod_trainer.world.figure import JOINTS, joints
+from aiprod_trainer.world.ground_truth import body_track, depth, edges, key_points, pose
+from aiprod_trainer.world.render import backdrop, object_mask, render, signed_distance
 from aiprod_trainer.world.scene import (
     BOTTOM,
     COLOURS,
+    FIGURE,
     FLOOR_Y,
     MATERIALS,
     MOTIONS,
+    MOTIONS_V2,
     SHAPES,
+    TEXTURED_BACKGROUNDS,
     sample_scene,
     trajectory,
 )
@@ -132,6 +138,76 @@ def test_colours_are_spread_evenly_and_never_vanish_before_the_background():
 def test_an_unknown_word_is_refused_with_the_known_ones():
     with pytest.raises(InputError, match="choose from bounce"):
         scene_of(0, motion="explode")
+
+
+def test_world_v1_draws_the_same_scenes_as_when_nano_was_trained():
+    rng = np.random.default_rng(0)
+    drawn = [sample_scene(rng) for _ in range(5)]
+    looks = [(s.body.colour, s.body.shape, s.body.motion, s.background) for s in drawn]
+    assert looks == [
+        ("green", "triangle", "roll left", "grey"),
+        ("pink", "triangle", "pulse", "night"),
+        ("orange", "ring", "pulse", "grey"),
+        ("purple", "ball", "roll right", "cream"),
+        ("black", "heart", "fall", "sky"),
+    ]
+    assert drawn[0].noise_seed == 1394609703
+    assert drawn[0].body.x == pytest.approx(0.6824123260327589)
+
+
+@pytest.mark.parametrize("motion", MOTIONS_V2)
+def test_world_v2_draws_every_motion_under_every_camera(motion):
+    rng = np.random.default_rng(3)
+    for camera in CAMERAS:
+        scene = sample_scene(rng, world="v2", motion=motion, camera=camera)
+        assert (scene.body.motion, scene.camera) == (motion, camera)
+        if camera != "static":
+            assert scene.background in TEXTURED_BACKGROUNDS
+        assert render(scene, 32).std() > 5
+
+
+def test_a_camera_move_passes_the_resting_view_halfway():
+    scene = scene_of(1, world="v2", motion="fall", camera="dolly left", background="brick")
+    seen = scene.view(scene.frame_times_s)
+    moving, still = backdrop("brick", 64, seen), backdrop("brick", 64)
+    assert moving[12] == pytest.approx(still[0], abs=1e-2)
+    assert np.abs(moving[0] - still[0]).mean() > 3
+
+
+def test_colliding_objects_touch_when_they_clash_and_keep_their_momentum():
+    scene = scene_of(1, world="v2", motion="collide", shape="ball", camera="static")
+    (clash,) = scene.events
+    first, second = scene.bodies
+    at = [trajectory(b, np.array([clash.time_s])).x[0] for b in scene.bodies]
+    assert at[1] - at[0] < 1.25 * (first.radius + second.radius)
+    masses = np.array([first.radius**2, second.radius**2])
+    before = masses @ [first.speed, second.speed]
+    assert masses @ [first.speed_after, second.speed_after] == pytest.approx(before)
+
+
+def test_the_walkers_standing_foot_does_not_slip():
+    scene = scene_of(2, world="v2", motion="walk right", camera="static")
+    times = [event.time_s for event in scene.events]
+    places = joints(scene.body, np.linspace(times[0], times[1], 30))
+    feet = places[:, [JOINTS.index("left foot"), JOINTS.index("right foot")]]
+    travel = np.abs(feet[-1, :, 0] - feet[0, :, 0])
+    assert travel.min() < 0.02 * travel.max()
+    assert feet[..., 1] == pytest.approx(FLOOR_Y, abs=1e-9)
+
+
+def test_ground_truth_follows_the_picture():
+    scene = scene_of(4, world="v2", motion="roll right", camera="dolly in", background="brick")
+    mask, track = object_mask(scene), body_track(scene)
+    columns = (mask.sum(1) * (np.arange(64) + 0.5)).sum(1) / mask.sum((1, 2)) / 64
+    assert track.x[5:18] == pytest.approx(columns[5:18], abs=0.02)
+    assert track.radius[-1] > 1.3 * track.radius[0]
+    inverse = depth(scene)
+    assert inverse[:, 0].max() < inverse[:, -1].min()
+    assert set(np.unique(edges(render(scene)))) <= {0, 255}
+    walker = scene_of(5, world="v2", motion="walk left")
+    assert walker.body.shape == FIGURE
+    assert key_points(walker).shape == (25, len(JOINTS), 2)
+    assert pose(walker).max() == 255
 
 
 def words_of(table, what, but):
