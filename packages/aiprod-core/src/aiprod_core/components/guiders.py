@@ -218,8 +218,9 @@ class GuidedDenoiser:
         return self._estimates(x, sigma, wants_uncond=True)
 
     def _estimates(self, x: AV, sigma: float, wants_uncond: bool) -> tuple[AV, AV]:
-        # Stages within a step lie below its sigma, so they count as the same step.
-        step = max(0, sum(level >= sigma for level in self.levels) - 1)
+        # Stages within a step lie below its sigma, so they count as the same step. The slack is for
+        # sigmas that did not come out of the float32 table.
+        step = max(0, sum(level > sigma - 1e-6 for level in self.levels) - 1)
         guidance = {name: m.guidance_at(sigma) for name, m in self.modalities.items()}
         running = [
             name
