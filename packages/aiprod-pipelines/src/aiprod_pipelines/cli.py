@@ -316,11 +316,16 @@ def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*header, box=box.SIMPLE, show_header=any(header), pad_edge=False)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=200)  # hashes stay whole in a pipe
+    table = Table(box=box.SIMPLE, show_header=any(header), pad_edge=False)
+    for name in header:
+        table.add_column(name, overflow="fold")
     for row in rows:
         # Text, not str: a prompt may hold square brackets, which rich would read as markup.
         table.add_row(*(Text(cell) for cell in row))
-    Console(highlight=False).print(table)
+    console.print(table)
 
 
 def _as_text(value: Any) -> str:

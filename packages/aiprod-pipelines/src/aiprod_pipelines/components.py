@@ -362,7 +362,8 @@ def check_supported(checkpoint: Checkpoint, text_encoder: str | Path | None = No
             f"{name}: no transformer in this file (it holds {held}). Give the base model."
         )
     diffusion = next((key for key in config if "diffusion" in key), None)
-    if diffusion or (checkpoint.version >= (2, 5) and "video decoder" not in found):
+    is_decoder_unknown = "vae" in config and "video decoder" not in found
+    if diffusion or (checkpoint.version >= (2, 5) and is_decoder_unknown):
         raise CheckpointError(
             f"{name}: its video decoder is the diffusion decoder of LTX-2.5 "
             f"({diffusion or 'no vae.decoder tensors'}), which is not supported yet; give a model "
@@ -458,27 +459,31 @@ def available_models() -> list[dict[str, Any]]:
 def describe_model(model: str) -> dict[str, Any]:
     """Version, grid, defaults, precision and parameter counts of a model, from its headers."""
     checkpoint = open_checkpoint(*resolve_model(model))
-    profile = read_profile(checkpoint)
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values()})
-    defaults = dataclasses.asdict(profile)
-    grid = profile.scale
-    for name in ("scale", "num_layers", "has_audio"):
-        del defaults[name]
-    return {
+    facts: dict[str, Any] = {
         "model": model,
         "files": [path.name for path in checkpoint.paths],
         "bytes": sum(path.stat().st_size for path in checkpoint.paths),
         "version": ".".join(map(str, checkpoint.version)) or "2.0 (none in the header)",
         "dtypes": dtypes,
-        "grid": f"{grid.time}k+1 frames, width a multiple of {grid.width}, height of {grid.height}",
-        "has_audio": profile.has_audio,
         "text_encoder": (checkpoint.config.get("text_encoder") or {}).get("type", "gemma3"),
-        "defaults": {
-            name: value._asdict() if isinstance(value, PerModality) else value
-            for name, value in defaults.items()
-        },
         "parameters": count_parameters(checkpoint),
+        "defaults": {},
     }
+    if "transformer" not in checkpoint.config or "vae" not in checkpoint.config:
+        return facts  # a part of a model: it has no grid or defaults of its own
+    profile = read_profile(checkpoint)
+    grid = profile.scale
+    facts["grid"] = (
+        f"{grid.time}k+1 frames, width a multiple of {grid.width}, height of {grid.height}"
+    )
+    facts["has_audio"] = profile.has_audio
+    facts["defaults"] = {
+        name: value._asdict() if isinstance(value, PerModality) else value
+        for name, value in dataclasses.asdict(profile).items()
+        if name not in ("scale", "num_layers", "has_audio")
+    }
+    return facts
 
 
 # Where and how to compute.
