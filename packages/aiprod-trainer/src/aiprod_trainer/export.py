@@ -3,7 +3,8 @@
     python -m aiprod_trainer.export codecs --video runs/video_codec --audio runs/audio_codec \\
         --vocoder runs/vocoder --out runs/codecs.safetensors
     python -m aiprod_trainer.export model --codecs runs/codecs.safetensors \\
-        --transformer runs/transformer --out nano-dev.safetensors
+        --transformer runs/transformer --generation configs/nano/generation.yaml \\
+        --out nano-dev.safetensors
 
 `codecs` also measures the statistics that normalise the latents, on clips of the world. Averaged
 weights are exported, in float16 unless asked otherwise.
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor, nn
 
 from aiprod_core.errors import InputError
@@ -35,6 +37,7 @@ from aiprod_core.model.text_connector import TextConfig, TextProjector
 from aiprod_core.model.transformer import Transformer, TransformerConfig
 from aiprod_core.model.video_vae import VideoVAEConfig
 from aiprod_core.model.vocoder import Vocoder, VocoderConfig
+from aiprod_pipelines.request import ModelProfile
 from aiprod_trainer.run import read_state
 from aiprod_trainer.train_audio_codec import AudioVAE
 from aiprod_trainer.train_base import TextToClip
@@ -59,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     model = commands.add_parser("model", help="codecs, transformer and text projection")
     model.add_argument("--codecs", type=Path, required=True)
     model.add_argument("--transformer", type=Path, required=True, help="run of train_base")
+    model.add_argument(
+        "--generation", type=Path, required=True, help="YAML with the settings to generate with"
+    )
     for command in (codecs, model):
         command.add_argument("--out", type=Path, required=True)
         command.add_argument("--dtype", choices=("float16", "float32"), default="float16")
@@ -112,6 +118,9 @@ def export_model(arguments: argparse.Namespace) -> None:
     """Writes the whole model: the codecs' file plus transformer and text projection."""
     codecs = open_checkpoint(arguments.codecs)
     training = _config(arguments.transformer)
+    generation = yaml.safe_load(arguments.generation.read_text())
+    scale = VideoVAEConfig.from_metadata(codecs.section("vae")).scale
+    ModelProfile(scale).replaced(generation)  # refuses a setting that no request has
     state = read_state(arguments.transformer / "state.safetensors", "average")
     model = TextToClip(
         Transformer(TransformerConfig.from_metadata(training["transformer"])),
@@ -134,7 +143,7 @@ def export_model(arguments: argparse.Namespace) -> None:
             (key_maps.TRANSFORMER, model.transformer),
             (key_maps.TEXT_PROJECTOR, model.projector),
         ],
-        {"model_version": MODEL_VERSION, "config": config},
+        {"model_version": MODEL_VERSION, "config": config, "generation": generation},
         dtype=getattr(torch, arguments.dtype),
     )
 
