@@ -186,9 +186,13 @@ def _find_second(
 
 def _from_stage(picture: np.ndarray, stage: np.ndarray) -> np.ndarray:
     """Distance of each pixel from the backdrop in any shade down to the darkest shadow."""
-    return np.min(
-        [np.linalg.norm(picture - stage * shade, axis=-1) for shade in (1.0, 0.88, 0.76, 0.64)], 0
-    )
+    # |p - s b|^2 = p.p - 2 s p.b + s^2 b.b, with the products computed once.
+    across = np.einsum("fhwc,fhwc->fhw", picture, np.broadcast_to(stage, picture.shape))
+    power = np.einsum("fhwc,fhwc->fhw", stage, stage)
+    nearest = np.full(picture.shape[:3], np.inf, dtype=np.float32)
+    for shade in (1.0, 0.88, 0.76, 0.64):
+        np.minimum(nearest, shade * (shade * power - 2 * across), out=nearest)
+    return _root(picture, nearest)
 
 
 def _to_paint(picture: np.ndarray, colour: str) -> np.ndarray:
@@ -198,8 +202,14 @@ def _to_paint(picture: np.ndarray, colour: str) -> np.ndarray:
     for shade in (0.7, 0.85, 1.0):
         for gloss in (0.0, 0.3, 0.6):
             tone = paint * shade + (255 - paint * shade) * gloss
-            np.minimum(nearest, np.linalg.norm(picture - tone, axis=-1), out=nearest)
-    return nearest
+            np.minimum(nearest, tone @ tone - 2 * (picture @ tone), out=nearest)
+    return _root(picture, nearest)
+
+
+def _root(picture: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """Distances from the part of their squares that does not depend on the pixel alone."""
+    power = np.einsum("fhwc,fhwc->fhw", picture, picture)
+    return np.sqrt(np.maximum(power + rest, 0.0))
 
 
 def _share(from_stage: np.ndarray, to_object: np.ndarray) -> np.ndarray:
