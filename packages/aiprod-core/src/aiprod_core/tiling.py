@@ -8,8 +8,9 @@ touches them.
 Letters: B batch, C channels, F frames, H W height and width, in latents or pixels.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -111,44 +112,49 @@ def decode_chunks(
             (tiling.height, tiling.width), size, decoder.scale[1:], strict=True
         )
     )
-    return _decode_spans(decoder, latent, times, rows, columns, timestep, generator)
+    decode = partial(decoder, timestep=timestep, generator=generator)
+    return _decode_spans(decode, latent, times, rows, columns)
 
 
 def _decode_spans(
-    decoder: VideoDecoder,
+    decode: Callable[[Tensor], Tensor],
     latent: Tensor,
     times: list[Span],
     rows: list[Span],
     columns: list[Span],
-    timestep: Tensor | None,
-    generator: torch.Generator | None,
 ) -> Iterator[Tensor]:
     pending = None  # what earlier tiles gave to the frames from this tile's first on
     for index, time in enumerate(times):
-        pixels = None
-        for row in rows:
-            for column in columns:
-                part = latent[:, :, time.latent, row.latent, column.latent]
-                tile = decoder(part, timestep=timestep, generator=generator)
-                if len(rows) == len(columns) == 1:
-                    pixels = tile
-                    continue
-                if pixels is None:
-                    shape = (*tile.shape[:3], rows[-1].pixels.stop, columns[-1].pixels.stop)
-                    pixels = tile.new_zeros(shape)
-                weighted = tile * (row.weights[:, None] * column.weights)
-                pixels[..., row.pixels, column.pixels] += weighted
-        assert pixels is not None
+        pixels = _decode_plane(decode, latent[:, :, time.latent], rows, columns)
         if len(times) > 1:
-            pixels = pixels * time.weights.to(pixels.dtype)[:, None, None]
+            pixels *= time.weights[:, None, None]
         if pending is not None:
             pixels[:, :, : pending.shape[2]] += pending
         is_last = index + 1 == len(times)
         done = pixels.shape[2] if is_last else times[index + 1].pixels.start - time.pixels.start
-        # A copy, or the caller's chunk would keep the whole tile alive.
+        # Neither a view nor a name may keep this tile in memory while the next is decoded.
         pending = pixels[:, :, done:].clone()
         if done:
             yield pixels[:, :, :done]
+        del pixels
+
+
+def _decode_plane(
+    decode: Callable[[Tensor], Tensor], latent: Tensor, rows: list[Span], columns: list[Span]
+) -> Tensor:
+    """One tile of time over the whole height and width."""
+    if len(rows) == len(columns) == 1:
+        return decode(latent)
+    plane = None
+    for row in rows:
+        for column in columns:
+            tile = decode(latent[..., row.latent, column.latent])
+            if plane is None:
+                size = (rows[-1].pixels.stop, columns[-1].pixels.stop)
+                plane = tile.new_zeros((*tile.shape[:3], *size))
+            plane[..., row.pixels, column.pixels] += tile * (row.weights[:, None] * column.weights)
+    assert plane is not None
+    return plane
 
 
 def encode_tiled(encoder: VideoEncoder, pixels: Tensor, tiling: Tiling) -> Tensor:
