@@ -88,7 +88,7 @@ def prepare(arguments: argparse.Namespace) -> None:
             tensors["hidden"].append(hidden[mask.bool()].half())  # (tokens, D, L)
             tensors["lengths"].append(mask.sum(dim=1).int())
         temporary = path.with_suffix(".tmp")
-        save_file({name: torch.cat(values) for name, values in tensors.items()}, temporary)
+        save_file({k: torch.cat(v).contiguous() for k, v in tensors.items()}, temporary)
         path.with_suffix(".jsonl").write_text("".join(json.dumps(c) + "\n" for c in captions))
         temporary.replace(path)
 

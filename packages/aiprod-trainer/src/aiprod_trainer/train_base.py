@@ -10,7 +10,6 @@ The processes average their gradients; the checkpoint does not depend on who wro
 """
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from aiprod_core.components.patchifiers import AudioGrid, VideoGrid
@@ -30,6 +28,7 @@ from aiprod_core.model.transformer import Transformer, TransformerConfig, init_w
 from aiprod_core.model.video_vae import VideoVAEConfig
 from aiprod_core.types import AudioLatentShape, ScaleFactors, VideoLatentShape
 from aiprod_trainer.config import Section, read_config
+from aiprod_trainer.distributed import average_gradients, join
 from aiprod_trainer.data import Batch, LatentDataset
 from aiprod_trainer.objective import noise_tokens, pair_sigmas, velocity_loss
 from aiprod_trainer.optimizers import muon_and_adamw, set_learning_rate, warmup_then_linear_decay
@@ -90,11 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(config: BaseTrainingConfig, folder: Path) -> TextToClip:
     """Runs the training to its end and returns the averaged model."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        dist.init_process_group("gloo")
-        torch.set_num_threads(1)
-    rank = dist.get_rank() if world_size > 1 else 0
+    rank, world_size = join()
     torch.manual_seed(config.seed)
     codecs = open_checkpoint(config.codecs)
     scale = VideoVAEConfig.from_metadata(codecs.section("vae")).scale
@@ -138,8 +133,7 @@ def train(config: BaseTrainingConfig, folder: Path) -> TextToClip:
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if world_size > 1:
-            average_gradients(model, world_size)
+        average_gradients(model, world_size)
         nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         for optimizer in optimizers.values():
             optimizer.step()
@@ -230,16 +224,6 @@ def validate(
     sigma = torch.tensor([0.2, 0.5, 0.8, 0.95]).repeat(16)
     video, audio = losses_at(model, batch, (sigma, sigma), False, generator, config.fps, scale)  # type: ignore[arg-type]
     return {"held_video": video.item(), "held_audio": audio.item()}
-
-
-def average_gradients(model: nn.Module, world_size: int) -> None:
-    """Replaces every gradient by its mean over the processes, in one message."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    flat /= world_size
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
 
 
 if __name__ == "__main__":
