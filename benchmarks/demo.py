@@ -21,7 +21,7 @@ PROMPT = "a red rubber ball bounces on the floor, with a thud at each bounce"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="nano")
     parser.add_argument("--runs", type=int, default=3, help="after the first")
     parser.add_argument("--json", type=Path)
@@ -30,7 +30,8 @@ def main() -> int:
         runs = [generate(arguments.model, Path(folder)) for _ in range(arguments.runs + 1)]
     walls = [run["wall_seconds"] for run in runs[1:]]
     result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
         "first_run_seconds": runs[0]["wall_seconds"],
         "median_seconds": statistics.median(walls),
         "stage_seconds": runs[-1]["seconds"],

@@ -98,10 +98,12 @@ class AV:
 
     def map(self, function: Callable[..., Tensor], *others: "AV") -> "AV":
         """`function(own, *others)` per modality that is present."""
-        return AV(
-            None if self.video is None else function(self.video, *(other.video for other in others)),
-            None if self.audio is None else function(self.audio, *(other.audio for other in others)),
-        )
+
+        def of(name: str) -> Tensor | None:
+            own = getattr(self, name)
+            return None if own is None else function(own, *(getattr(o, name) for o in others))
+
+        return AV(of("video"), of("audio"))
 
     def __add__(self, other: "AV") -> "AV":
         return self.map(lambda a, b: a + b, other)
@@ -143,8 +145,8 @@ class Modality:
     latent (B, N, C) noisy tokens; sigma (B,) noise level in [0, 1]; timesteps (B, N, 1), the noise
     level of each token (`denoise_mask * sigma`); positions (B, axes, N, 2); context (B, S, D);
     context_mask (B, S) 1 = attend, or None; attention_mask (B, N, N) or broadcastable (1, 1, N),
-    weights in [0, 1], or None; keyframe_marker (B, N, 1) or None. With `enabled` False the stream is
-    read by the other modality but not updated.
+    weights in [0, 1], or None; keyframe_marker (B, N, 1) or None. With `enabled` False the stream
+    is read by the other modality but not updated.
     """
 
     latent: Tensor

@@ -28,8 +28,8 @@ from aiprod_core.model.transformer import Transformer, TransformerConfig, init_w
 from aiprod_core.model.video_vae import VideoVAEConfig
 from aiprod_core.types import AudioLatentShape, ScaleFactors, VideoLatentShape
 from aiprod_trainer.config import Section, read_config
-from aiprod_trainer.distributed import average_gradients, join
 from aiprod_trainer.data import Batch, LatentDataset
+from aiprod_trainer.distributed import average_gradients, join
 from aiprod_trainer.objective import noise_tokens, pair_sigmas, velocity_loss
 from aiprod_trainer.optimizers import muon_and_adamw, set_learning_rate, warmup_then_linear_decay
 from aiprod_trainer.run import Run, averaged_copy, update_average

@@ -294,8 +294,8 @@ def _read_header(path: Path) -> dict[str, Any]:
     )
     if 8 + length + end > size:
         raise CheckpointError(
-            f"{path}: cut short: the header promises {8 + length + end} bytes, the file has {size}. "
-            "Fetch it again."
+            f"{path}: cut short: the header promises {8 + length + end} bytes, "
+            f"the file has {size}. Fetch it again."
         )
     return header
 

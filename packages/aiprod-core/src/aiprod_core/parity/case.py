@@ -1,4 +1,4 @@
-"""One golden case on disk: a `case.json` that describes it and an `io.safetensors` with its tensors."""
+"""One golden case on disk: a `case.json` that describes it, an `io.safetensors` of tensors."""
 
 import json
 from dataclasses import dataclass
