@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -274,24 +276,29 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such file.")
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        if start[:2] == b"PK" or start[:1] == b"\x80":
+        start = file.read(9)
+        if start[8:] != b"{":  # what follows the length in every safetensors file
+            is_pickle = start[:2] == b"PK" or start[:1] == b"\x80"
             raise CheckpointError(
                 f"{path}: this is a pickle, which can run code when opened. Convert it to "
                 "safetensors and give that file."
+                if is_pickle
+                else f"{path}: not a safetensors file, or cut short. Fetch it again."
             )
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
-        if length + 8 > size or length > 100_000_000:
+        (length,) = struct.unpack("<Q", start[:8])
+        if length + 8 > size or length > MAX_HEADER_BYTES:
             raise CheckpointError(f"{path}: not a safetensors file, or cut short. Fetch it again.")
+        file.seek(8)
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+            entries = {key: entry for key, entry in header.items() if key != "__metadata__"}
+            end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+            if not all(isinstance(e["shape"], list) and e["dtype"] for e in entries.values()):
+                raise ValueError("a tensor without shape or type")
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise CheckpointError(
-                f"{path}: the safetensors header is damaged ({error})."
+                f"{path}: the safetensors header is damaged ({error}). Fetch it again."
             ) from error
-    end = max(
-        (entry["data_offsets"][1] for k, entry in header.items() if k != "__metadata__"), default=0
-    )
     if 8 + length + end > size:
         raise CheckpointError(
             f"{path}: cut short: the header promises {8 + length + end} bytes, "
