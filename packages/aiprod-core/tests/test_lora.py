@@ -50,9 +50,8 @@ def write_lora(tmp_path: Path) -> Callable[..., Lora]:
 
 
 def delta(lora: Lora, layer: str) -> Tensor:
-    keys = lora.layers[layer]
-    tensors = lora.checkpoint.read(keys)
-    return tensors[keys.up].float() @ tensors[keys.down].float()
+    down, up = (lora.checkpoint.read([key])[key].float() for key in lora.layers[layer].keys)
+    return up @ down
 
 
 def test_fusing_adds_strength_times_the_product(

@@ -128,7 +128,8 @@ class Checkpoint:
 
     @property
     def is_lora(self) -> bool:
-        return any(".lora_" in key or "lora_down" in key for key in self.tensors)
+        marks = (".lora_", ".lora.", ".lokr_", ".hada_")
+        return any(mark in key for key in self.tensors for mark in marks)
 
     @property
     def is_fp8(self) -> bool:

@@ -1,7 +1,7 @@
 """LoRA files (arXiv:2106.09685): read, checked against a network, fused and taken out again.
 
-Fusing adds `strength * B A` to the weights, so that inference costs nothing extra. LTX-2's files
-have no alpha: the product is added as it is.
+Fusing adds `strength * B A` to the weights, so that inference costs nothing extra. What the files
+of different tools look like is in lora_formats.py.
 """
 
 from collections.abc import Sequence
@@ -14,30 +14,24 @@ from torch import Tensor, nn
 
 from aiprod_core.errors import CheckpointError, InputError
 from aiprod_core.loader.checkpoint import Checkpoint, open_checkpoint
+from aiprod_core.loader.lora_formats import Change, aliases, read_changes
 from aiprod_core.quantization.fp8 import Fp8CastLinear, Fp8ScaledLinear
 
-# LTX-2's published naming: diffusion_model.LAYER.lora_A.weight (rank, in), lora_B (out, rank).
-PREFIX = "diffusion_model."
-DOWN, UP = ".lora_A.weight", ".lora_B.weight"
-
-
-class Factors(NamedTuple):
-    """The two matrices' keys in the file."""
-
-    down: str
-    up: str
+Linear = nn.Linear | Fp8CastLinear | Fp8ScaledLinear
 
 
 @dataclass(frozen=True)
 class Lora:
-    """An opened file: `layers` maps the network's layer names to keys; nothing is read yet.
+    """An opened file: `layers` maps the file's names of layers, without prefix, to their change.
 
-    The factors say at which fraction of the clip's resolution and frame rate an IC-LoRA expects its
-    reference video; 1 for other LoRAs.
+    No matrix is read yet. `unrecognised` are keys that are no part of an adapter. The factors say
+    at which fraction of the clip's resolution and frame rate an IC-LoRA expects its reference
+    video; 1 for other LoRAs.
     """
 
     checkpoint: Checkpoint
-    layers: dict[str, Factors]
+    layers: dict[str, Change]
+    unrecognised: tuple[str, ...] = ()
     reference_downscale_factor: int = 1
     reference_temporal_scale_factor: int = 1
 
@@ -48,55 +42,43 @@ class Lora:
     @property
     def rank(self) -> int:
         """The largest rank of its layers."""
-        return max(self.checkpoint.tensors[keys.down].shape[0] for keys in self.layers.values())
+        return max(c.rank(self.checkpoint.tensors) or 0 for c in self.layers.values())
 
 
 class Coverage(NamedTuple):
-    """Layer names of a LoRA that a network has, and those that it lacks."""
+    """Layers of a network that a LoRA changes, and names in its file that the network lacks."""
 
     matched: tuple[str, ...]
     unmatched: tuple[str, ...]
 
+    def __str__(self) -> str:
+        total = len(self.matched) + len(self.unmatched)
+        return f"{len(self.matched)} of {total} layers applied"
+
 
 def open_lora(path: str | Path) -> Lora:
-    """Reads the header. Raises CheckpointError when it holds no LoRA, or half of one."""
+    """Reads the header and the alphas. Raises CheckpointError when it is no LoRA, or half of one,
+    or of a kind that is not supported."""
     checkpoint = open_checkpoint(path)
-    layers = published_layers(checkpoint)
+    layers, unrecognised = read_changes(checkpoint)
     if not layers:
         some = ", ".join(list(checkpoint.tensors)[:3])
         raise CheckpointError(
-            f"{path}: no LoRA matrices named {PREFIX}LAYER{DOWN}; it holds {some or 'nothing'}"
+            f"{path}: no LoRA, LoKr or LoHa matrices in this file; it holds {some or 'nothing'}"
         )
     return Lora(
         checkpoint,
         layers,
+        unrecognised,
         _positive_integer(checkpoint, "reference_downscale_factor"),
         _positive_integer(checkpoint, "reference_temporal_scale_factor"),
     )
 
 
-def published_layers(checkpoint: Checkpoint) -> dict[str, Factors]:
-    """The layers of a file in LTX-2's own naming."""
-    layers: dict[str, Factors] = {}
-    for key in checkpoint.tensors:
-        for suffix, other in ((DOWN, UP), (UP, DOWN)):
-            if not key.endswith(suffix):
-                continue
-            stem = key.removesuffix(suffix)
-            if stem + other not in checkpoint.tensors:
-                raise CheckpointError(
-                    f"{checkpoint.paths[0]}: {key} has no {stem + other} beside it. "
-                    "The file is incomplete; fetch it again."
-                )
-            layers[stem.removeprefix(PREFIX)] = Factors(stem + DOWN, stem + UP)
-    return layers
-
-
 def coverage(module: nn.Module, lora: Lora) -> Coverage:
-    """Which of the LoRA's layers are linear layers of `module`."""
-    linears = _linears(module)
-    matched = tuple(name for name in lora.layers if name in linears)
-    return Coverage(matched, tuple(name for name in lora.layers if name not in linears))
+    """Which linear layers of `module` the LoRA changes; prints as "432 of 432 layers applied"."""
+    changes, unmatched = _changes_of(module, lora)
+    return Coverage(tuple(changes), unmatched)
 
 
 @dataclass
@@ -138,29 +120,30 @@ def fuse(
     Raises InputError when layers of an adapter are not in the module, unless `allow_unmatched` and
     some are; CheckpointError when matrices do not fit their layer.
     """
-    active = [(lora, strength) for lora, strength in adapters if strength != 0]
-    for lora, _ in active:
-        _check_coverage(lora, coverage(module, lora), allow_unmatched)
-        _check_shapes(lora, module)
     linears = _linears(module)
-    factors = [
-        lora.checkpoint.read(key for keys in lora.layers.values() for key in keys)
-        for lora, _ in active
-    ]
+    active: list[tuple[dict[str, Change], dict[str, Tensor], float]] = []
+    for lora, strength in adapters:
+        if strength == 0:
+            continue
+        changes, unmatched = _changes_of(module, lora)
+        _check_coverage(lora, Coverage(tuple(changes), unmatched), allow_unmatched)
+        _check_shapes(lora, changes, linears)
+        keys = (key for change in changes.values() for key in change.keys)
+        active.append((changes, lora.checkpoint.read(keys), strength))
     fusion = Fusion(module)
     for name, linear in linears.items():
         deltas = [
-            (matrices[lora.layers[name].down], matrices[lora.layers[name].up], strength)
-            for (lora, strength), matrices in zip(active, factors, strict=True)
-            if name in lora.layers
+            (changes[name], tensors, strength)
+            for changes, tensors, strength in active
+            if name in changes
         ]
         if not deltas:
             continue
         is_fp8 = isinstance(linear, Fp8CastLinear | Fp8ScaledLinear)
         dense = (linear.dense_weight() if is_fp8 else linear.weight).float()
-        for down, up, strength in deltas:
-            product = up.to(dense.device).float() @ down.to(dense.device).float()
-            dense = dense + strength * product
+        for change, tensors, strength in deltas:
+            matrices = {key: tensors[key].to(dense.device).float() for key in change.keys}
+            dense = dense + strength * change.delta(matrices)
         if round_to is not None:
             dense = dense.to(round_to)
         weight = linear.weight.data
@@ -177,30 +160,45 @@ def fuse(
 def _check_coverage(lora: Lora, covered: Coverage, allow_unmatched: bool) -> None:
     if not covered.unmatched or (allow_unmatched and covered.matched):
         return
+    total = len(covered.matched) + len(covered.unmatched)
     some = ", ".join(covered.unmatched[:6])
     rest = f" and {len(covered.unmatched) - 6} more" if len(covered.unmatched) > 6 else ""
     raise InputError(
-        f"{lora.checkpoint.paths[0]}: {len(covered.unmatched)} of {len(lora.layers)} layers are "
+        f"{lora.checkpoint.paths[0]}: {len(covered.unmatched)} of {total} layers are "
         f"not in this model: {some}{rest}. The LoRA is for another model"
         + (", or allow unmatched layers." if covered.matched else ".")
     )
 
 
-def _check_shapes(lora: Lora, module: nn.Module) -> None:
+def _check_shapes(lora: Lora, changes: dict[str, Change], linears: dict[str, Linear]) -> None:
     """From headers alone, so that a misfit is found before any weight has changed."""
-    for name, linear in _linears(module).items():
-        if name not in lora.layers:
-            continue
-        down, up = (lora.checkpoint.tensors[key].shape for key in lora.layers[name])
-        out_width, in_width = linear.weight.shape
-        if len(down) != 2 or down[1] != in_width or up != (out_width, down[0]):
+    infos = lora.checkpoint.tensors
+    for name, change in changes.items():
+        if change.shape(infos) != tuple(linears[name].weight.shape):
+            shapes = " and ".join(str(list(infos[key].shape)) for key in change.keys)
             raise CheckpointError(
-                f"{lora.checkpoint.paths[0]}: {list(up)} x {list(down)} does not fit {name}, "
-                f"which is {[out_width, in_width]}. The LoRA is for another model."
+                f"{lora.checkpoint.paths[0]}: {shapes} do not fit {name}, which is "
+                f"{list(linears[name].weight.shape)}. The LoRA is for another model."
             )
 
 
-def _linears(module: nn.Module) -> dict[str, nn.Linear | Fp8CastLinear | Fp8ScaledLinear]:
+def _changes_of(module: nn.Module, lora: Lora) -> tuple[dict[str, Change], tuple[str, ...]]:
+    """The LoRA's changes by the network's own names, and what the network does not have."""
+    names = aliases(_linears(module))
+    changes: dict[str, Change] = {}
+    unmatched = list(lora.unrecognised)
+    for layer, change in lora.layers.items():
+        name = names.get(layer)
+        if name is None:
+            unmatched.append(layer)
+        elif name in changes:
+            raise CheckpointError(f"{lora.checkpoint.paths[0]}: {name} is changed twice.")
+        else:
+            changes[name] = change
+    return changes, tuple(unmatched)
+
+
+def _linears(module: nn.Module) -> dict[str, Linear]:
     return {
         name: layer
         for name, layer in module.named_modules()
