@@ -1,0 +1,151 @@
+"""How large a piece of a clip the video decoder gets at once.
+
+Time is always tiled, so a longer clip needs no more memory and its first frames come early. Height
+and width stay whole where the memory that is free allows it, because a whole picture has no seams;
+else the largest of a few sizes that fits is taken.
+"""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from aiprod_core.errors import InputError
+from aiprod_core.model.video_vae import VideoVAEConfig
+from aiprod_core.tiling import BySize, Tiling
+from aiprod_core.types import ScaleFactors
+
+# What tiles aim at, rounded up to the VAE's grid: overlaps that hide the seams, and lengths.
+OVERLAP_PIXELS, OVERLAP_FRAMES = 64, 24
+LONG_SIDES = (1536, 1152, 768, 576, 384, 256)  # tried in turn where a whole picture is too much
+TILE_FRAMES = (80, 48)
+STREAMED_FRAMES = 48  # shorter, so that the first frames come early
+
+# A decoder holds its widest features about this often at its peak: the input, a normalised, a
+# padded and a converted copy, and the result of a convolution, and the residual. The most that was
+# measured in float32 on a CPU, over layouts like the released one and like nano's.
+LIVE_COPIES = 6
+USABLE = 0.7  # of the free memory; the rest is for what others allocate meanwhile
+
+
+def choose_tiling(
+    spec: str,  # "auto", "off" or WIDTHxHEIGHTxFRAMES: a request's `tile`
+    config: VideoVAEConfig,
+    scale: ScaleFactors,
+    size: tuple[int, int, int],  # frames, height, width of the clip in pixels
+    *,
+    element_bytes: int,
+    free_bytes: int,
+    is_streamed: bool = False,
+) -> Tiling:
+    """The tiling that `spec` asks for; "auto" looks at `free_bytes`, "off" decodes at once.
+
+    Raises InputError for a size that is off the VAE's grid.
+    """
+    frames, height, width = size
+    if spec == "off":
+        return Tiling()
+    if spec != "auto":
+        tile_width, tile_height, tile_frames = (int(part) for part in spec.split("x"))
+        return Tiling(
+            _axis("frames", tile_frames, scale.time, OVERLAP_FRAMES),
+            _axis("height", tile_height, scale.height, OVERLAP_PIXELS),
+            _axis("width", tile_width, scale.width, OVERLAP_PIXELS),
+        )
+    lengths = (STREAMED_FRAMES,) if is_streamed else TILE_FRAMES
+    for length in lengths:
+        time = _axis("frames", _round_up(length, scale.time), scale.time, OVERLAP_FRAMES)
+        for long_side in (None, *LONG_SIDES):
+            tile_height, tile_width = _scaled(height, width, long_side, scale)
+            needed = decode_bytes(
+                config,
+                # A tile starts one latent earlier than it counts.
+                min(frames, time.size + scale.time),
+                min(height, tile_height),
+                min(width, tile_width),
+                element_bytes,
+            )
+            is_last = length == lengths[-1] and long_side == LONG_SIDES[-1]
+            if needed <= USABLE * free_bytes or is_last:
+                tiling = Tiling(frames=time)
+                if long_side is None:
+                    return tiling
+                return replace(
+                    tiling,
+                    height=_axis("height", tile_height, scale.height, OVERLAP_PIXELS),
+                    width=_axis("width", tile_width, scale.width, OVERLAP_PIXELS),
+                )
+    raise AssertionError("the last size is always taken")
+
+
+def decode_bytes(
+    config: VideoVAEConfig, frames: int, height: int, width: int, element_bytes: int
+) -> int:
+    """About what decoding a tile of this many pixels needs at its peak, weights apart."""
+    cells = float(frames * height * width)
+    # From the pixels' side inwards: `channels` at one cell in `stride`.
+    stride, channels = config.patch_size**2, config.decoder_base_channels
+    widest = max(config.out_channels, channels / stride)
+    for block in config.decoder_blocks:  # stored pixel side first
+        time, rows, columns = block.stride
+        stride *= time * rows * columns
+        if block.name not in ("res_x", "attn"):
+            channels *= block.multiplier
+        widest = max(widest, channels / stride)
+    return round(LIVE_COPIES * widest * cells * element_bytes)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated: on the GPU, or in main memory within the process's limit.
+
+    Memory that PyTorch has reserved on a GPU and does not use counts as free.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + unused
+    if sys.platform == "linux":
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable"))
+        return min(int(available.split()[1]) * 1024, _free_in_cgroup())
+    # No portable way to ask what is free; half of the memory is a careful guess.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _free_in_cgroup() -> int:
+    """What the container's limit leaves; no limit is a very large number."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((folder / f"memory.{n}").read_text().strip() for n in ("max", "current"))
+        return int(limit) - int(used)
+    except (OSError, ValueError):  # another kind of cgroup, or "max"
+        return sys.maxsize
+
+
+def _axis(name: str, size: int, factor: int, overlap: int) -> BySize:
+    """Tiles of `size`, which overlap by at most half."""
+    if size % factor or size < 2 * factor:
+        nearest = max(2, round(size / factor)) * factor
+        raise InputError(
+            f"tile {name} must be a multiple of {factor}, at least {2 * factor}; got {size}, "
+            f"try {nearest}."
+        )
+    return BySize(size, min(_round_up(overlap, factor), size // 2 // factor * factor))
+
+
+def _scaled(height: int, width: int, long_side: int | None, scale: ScaleFactors) -> tuple[int, int]:
+    """The picture's proportions with this long side, in whole latents."""
+    if long_side is None:
+        return height, width
+    ratio = long_side / max(height, width)
+    sides = (
+        max(2, round(side * ratio / factor)) * factor
+        for side, factor in ((height, scale.height), (width, scale.width))
+    )
+    return tuple(sides)  # pyright: ignore[reportReturnType]
+
+
+def _round_up(value: int, factor: int) -> int:
+    return -(-value // factor) * factor
