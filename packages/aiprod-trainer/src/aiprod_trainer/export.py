@@ -167,11 +167,16 @@ def _measure_statistics(
 
 
 def _set_statistics(codec: nn.Module, values: Tensor) -> None:
-    """values (channels, samples)."""
+    """values (channels, samples).
+
+    Channels that hardly vary are not blown up to unit deviation: they say nothing to the decoder
+    that its training noise has not drowned, and the transformer would spend itself on them.
+    """
     for half in (codec.encoder, codec.decoder):
         buffers = half.per_channel_statistics._buffers
         buffers["mean-of-means"] = values.mean(dim=1)
-        buffers["std-of-means"] = values.std(dim=1).clamp_min(1e-3)
+        deviation = values.std(dim=1)
+        buffers["std-of-means"] = deviation.clamp_min(0.5 * float(deviation.mean()))
 
 
 def _text_config(section: dict[str, Any], state: dict[str, Tensor]) -> TextConfig:

@@ -16,7 +16,7 @@ from torch.optim import AdamW, Optimizer
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 # Beyond this (smaller) side the iteration costs more than a small network's own step on a CPU.
-MUON_MAX_SIDE = 256
+MUON_MAX_SIDE = 384
 
 
 class Muon(Optimizer):

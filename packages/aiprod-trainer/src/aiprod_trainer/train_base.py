@@ -46,7 +46,7 @@ class BaseTrainingConfig(Section):
     batch_size: int = 32  # over all processes
     steps: int = 4000
     warmup_steps: int = 50
-    muon_lr: float = 1e-3
+    muon_lr: float = 3e-3
     adamw_lr: float = 1e-3
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0

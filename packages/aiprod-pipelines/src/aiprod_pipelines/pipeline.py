@@ -1,0 +1,137 @@
+"""What all pipelines share: how they are opened and called, and what they check beforehand."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, ClassVar, Self
+
+from aiprod_core.errors import InputError
+from aiprod_core.types import AV
+from aiprod_pipelines import companions, media
+from aiprod_pipelines.clip import Clip
+from aiprod_pipelines.components import ModelSet
+from aiprod_pipelines.progress import Progress
+from aiprod_pipelines.request import GenerationRequest, LoraFile, ModelProfile, PerModality
+
+UNGUIDED = PerModality(1.0, 1.0)
+NONE = PerModality(0.0, 0.0)
+
+# Inputs that only some pipelines use: the field, its flag, and the pipeline that takes it.
+OPTIONAL_INPUTS = {
+    "images": ("--image", "one-stage"),
+    "keyframes": ("--keyframe", "keyframes"),
+    "controls": ("--control", "ic-lora"),
+    "source": ("--source", "retake or extend"),
+    "start_time": ("--start-time", "retake"),
+    "end_time": ("--end-time", "retake"),
+    "audio": ("--audio", "audio-to-video"),
+}
+
+
+class Pipeline(ABC):
+    """One way from a request to a clip. Keeps its model between calls.
+
+    Subclasses say by class attributes what they take and need, and write `run`.
+    """
+
+    name: ClassVar[str]
+    takes: ClassVar[frozenset[str]] = frozenset({"images", "audio"})  # of OPTIONAL_INPUTS
+    needs: ClassVar[frozenset[str]] = frozenset()  # those without which it makes no sense
+    has_stage_2: ClassVar[bool] = False
+    is_distilled: ClassVar[bool] = False  # the first stage too runs without guidance
+
+    def __init__(self, models: ModelSet) -> None:
+        self.models = models
+
+    @classmethod
+    def from_model(cls, model: str = "nano", **options: Any) -> Self:
+        """Opens a model by name, reading headers only; `options` are those of `ModelSet.open`."""
+        return cls(ModelSet.open(model, prefers_distilled=cls.is_distilled, **options))
+
+    def __call__(self, prompt: str, *, progress: Progress | None = None, **settings: Any) -> Clip:
+        """Makes a clip; `settings` are the fields of GenerationRequest."""
+        return self.run(GenerationRequest(prompt=prompt, **settings), progress=progress)
+
+    def stream(
+        self, prompt: str, *, progress: Progress | None = None, **settings: Any
+    ) -> Iterator[bytes]:
+        """Makes a clip and yields it as segments of one MP4, the first while the rest is latents.
+
+        Arguments are those of a call. Requests are checked, and the clip denoised, on the first
+        segment.
+        """
+        yield from self(prompt, progress=progress, **settings).stream()
+
+    @abstractmethod
+    def run(self, request: GenerationRequest, *, progress: Progress | None = None) -> Clip:
+        """Makes the clip of a request. Raises InputError before any weight is read."""
+
+    def profile(self, request: GenerationRequest) -> ModelProfile:
+        """The grid and the defaults of a request to this pipeline."""
+        profile = self.models.profile
+        if self.is_distilled:
+            profile = distilled_profile(profile, self.models)
+        if self.uses_stage_2(request):
+            # The first stage has half the size and must lie on the grid too.
+            scale = profile.scale
+            profile = replace(
+                profile,
+                height=profile.height * 2,
+                width=profile.width * 2,
+                scale=scale._replace(height=scale.height * 2, width=scale.width * 2),
+            )
+        return profile
+
+    def uses_stage_2(self, request: GenerationRequest) -> bool:
+        return self.has_stage_2 and not request.skip_stage_2
+
+    def resolve(self, request: GenerationRequest) -> GenerationRequest:
+        """The request with every default and every file filled in, all of it checked."""
+        self._check_inputs(request)
+        checkpoint = self.models.checkpoint
+        request = request.resolved(self.profile(request))
+        if self.uses_stage_2(request):
+            path = companions.spatial_upsampler(checkpoint, request.spatial_upsampler)
+            request = replace(request, spatial_upsampler=path)
+        if self.is_distilled or self.uses_stage_2(request):
+            lora = None
+            if not self.models.is_distilled:
+                lora = companions.distilled_lora(checkpoint, request.distilled_lora)
+            request = replace(request, distilled_lora=lora)
+        for lora in (*request.loras, *self.distillation(request)):
+            companions.check_lora(checkpoint, lora)
+        return request
+
+    def distillation(self, request: GenerationRequest) -> list[LoraFile]:
+        """What is added for steps without guidance; nothing when the model is distilled itself."""
+        return [request.distilled_lora] if request.distilled_lora else []
+
+    def clip(self, request: GenerationRequest, latents: AV, progress: Progress) -> Clip:
+        """The result; a sound that was given comes back as it was."""
+        soundtrack = None
+        if request.audio is not None:
+            duration_s = request.shape.duration_s
+            soundtrack = media.read_span(request.audio, request.audio_start_time, duration_s)
+        return Clip(self.name, self.models, request, latents, progress, soundtrack)
+
+    def _check_inputs(self, request: GenerationRequest) -> None:
+        for field, (flag, other) in OPTIONAL_INPUTS.items():
+            given = getattr(request, field) not in (None, ())
+            if given and field not in self.takes | self.needs:
+                raise InputError(f"{self.name} does not use {flag}; try --pipeline {other}.")
+            if field in self.needs and not given:
+                raise InputError(f"{self.name} needs {flag}.")
+
+
+def distilled_profile(profile: ModelProfile, models: ModelSet) -> ModelProfile:
+    """Fixed levels and no guidance. From 2.5 on, distilled models are sampled with fresh noise."""
+    return replace(
+        profile,
+        num_inference_steps=8,
+        schedule="distilled",
+        sampler="euler-ancestral" if models.checkpoint.version >= (2, 5) else "euler",
+        cfg_scale=UNGUIDED,
+        stg_scale=NONE,
+        rescale_scale=NONE,
+        modality_scale=UNGUIDED,
+    )
