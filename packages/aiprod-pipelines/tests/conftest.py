@@ -1,9 +1,13 @@
 """A tiny random model in LTX-2.3's format, with its text encoder beside it: what the tests run."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from aiprod_core.loader import key_maps
@@ -11,8 +15,10 @@ from aiprod_core.loader.checkpoint import save_checkpoint
 from aiprod_core.model.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
 from aiprod_core.model.text_connector import TextConfig, TextProjector
 from aiprod_core.model.transformer import Transformer, TransformerConfig
+from aiprod_core.model.upsampler import LatentUpsampler, UpsamplerConfig
 from aiprod_core.model.video_vae import VideoDecoder, VideoEncoder, VideoVAEConfig
 from aiprod_core.model.vocoder import GeneratorConfig, Vocoder, VocoderConfig
+from aiprod_pipelines import media
 
 WORDS = "a red blue ball bounces on the grey floor with loud soft sound rain".split()  # noqa: SIM905
 
@@ -147,6 +153,81 @@ def save_tiny_text_encoder(folder: Path) -> None:
     model = BertModel(config, add_pooling_layer=False)
     weights = {name: t.contiguous() for name, t in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def save_tiny_upsampler(path: Path, **changes: object) -> None:
+    torch.manual_seed(1)
+    config = UpsamplerConfig(in_channels=8, mid_channels=32, num_blocks_per_stage=1)
+    config = replace(config, **changes)
+    metadata = {"config": config.to_metadata()}
+    save_checkpoint(path, [(key_maps.UPSAMPLER, LatentUpsampler(config))], metadata)
+
+
+def save_tiny_lora(
+    path: Path, *, layer: str = "transformer_blocks.0.attn1.to_q", **metadata: str
+) -> None:
+    """Rank 2, for one layer of the tiny transformer, which is 24 wide."""
+    torch.manual_seed(2)
+    name = f"diffusion_model.{layer}"
+    tensors = {
+        f"{name}.lora_A.weight": torch.randn(2, 24),
+        f"{name}.lora_B.weight": torch.randn(24, 2),
+    }
+    save_file(tensors, path, metadata={"format": "pt", **metadata})
+
+
+@pytest.fixture(scope="session")
+def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny model, its distilled sibling and all that belongs beside them."""
+    folder = tmp_path_factory.mktemp("family")
+    model = save_tiny_model(folder)
+    shutil.copy(model, folder / "tiny-distilled.safetensors")
+    save_tiny_upsampler(folder / "tiny-spatial-upscaler-x2-1.0.safetensors")
+    save_tiny_lora(folder / "tiny-distilled-lora-2.safetensors")
+    save_tiny_lora(
+        folder / "tiny-ic-lora-canny-control.safetensors", reference_downscale_factor="2"
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    y, x = np.mgrid[:48, :72]
+    pixels = np.stack([x * 3, y * 5, 255 - x * 2], -1).astype(np.uint8)
+    path = tmp_path_factory.mktemp("picture") / "first.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def source_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """18 frames of 52x36 at 12 a second, with a tone: off the tiny model's grid in every way."""
+    t, y, x = np.mgrid[:18, :36, :52]
+    frames = np.stack([x * 4, y * 5, t * 12], -1).astype(np.uint8)
+    path = tmp_path_factory.mktemp("source") / "source.mp4"
+    media.write_video(path, [frames], 12, audio=tone(1.5))
+    return path
+
+
+@pytest.fixture(scope="session")
+def save_lora():
+    return save_tiny_lora
+
+
+@pytest.fixture(scope="session")
+def save_upsampler():
+    return save_tiny_upsampler
+
+
+@pytest.fixture(scope="session")
+def make_tone():
+    return tone
+
+
+def tone(duration_s: float, sample_rate: int = 16000) -> media.Audio:
+    times = np.arange(round(duration_s * sample_rate)) / sample_rate
+    wave = 0.3 * np.sin(2 * np.pi * 440 * times).astype(np.float32)
+    return media.Audio(np.stack([wave, -wave]), sample_rate)
 
 
 @pytest.fixture(scope="session")

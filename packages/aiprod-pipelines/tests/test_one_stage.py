@@ -83,7 +83,7 @@ def test_an_image_of_strength_1_is_the_first_latent_frame(pipeline, picture: Pat
     clip = pipeline(PROMPT, images=[picture])
     request = GenerationRequest(PROMPT, images=(picture,)).resolved(pipeline.models.profile)
     with torch.inference_mode():
-        (image,) = stages.encode_images(pipeline.models, request, Progress())
+        (image,) = stages.encode_images(pipeline.models, request, request.images, Progress())
     assert torch.allclose(clip.latents.video[:, :, :1], image.latent, atol=1e-5)
     assert not torch.allclose(clip.latents.video[:, :, 1:2], image.latent, atol=1e-2)
 

@@ -25,7 +25,7 @@ def test_what_is_left_out_comes_from_the_model():
     assert (full.height, full.width, full.num_frames, full.frame_rate) == (512, 768, 121, 24.0)
     assert full.cfg_scale == PerModality(video=3.0, audio=7.0)
     assert GenerationRequest("a", height=64).resolved(LTX).height == 64
-    assert None not in [getattr(full, name) for name in full.to_dict()]
+    assert (full.sampler, full.schedule) == ("euler", "shifted")
 
 
 def test_a_checkpoint_brings_its_own_defaults():

@@ -12,9 +12,15 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+
+from aiprod_pipelines.catalog import PIPELINES
+
+if TYPE_CHECKING:
+    from aiprod_pipelines.pipeline import Pipeline
+    from aiprod_pipelines.request import GenerationRequest
 
 app = typer.Typer(
     name="aiprod",
@@ -26,6 +32,8 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="What models are here, and what is in them.", no_args_is_help=True)
 app.add_typer(models_app, name="models")
+pipelines_app = typer.Typer(help="The ways to make a clip.", no_args_is_help=True)
+app.add_typer(pipelines_app, name="pipelines")
 
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Make the last line of standard output one JSON object.")
@@ -98,6 +106,14 @@ def generate(
         Path, typer.Option("--output", "-o", help="The MP4 to write; an older one is replaced.")
     ] = Path("clip.mp4"),
     model: ModelOption = "nano",
+    pipeline: Annotated[
+        str,
+        typer.Option(
+            "--pipeline",
+            "-p",
+            help=f"{', '.join(PIPELINES)}; `aiprod pipelines list` explains each.",
+        ),
+    ] = "one-stage",
     seed: Annotated[int, typer.Option(help="The same seed gives the same clip.")] = 10,
     image: Annotated[
         list[str] | None,
@@ -107,6 +123,71 @@ def generate(
             "strength 1 (default). Repeat for more.",
         ),
     ] = None,
+    keyframe: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATH:FRAME[:STRENGTH]",
+            help="An image that the clip passes through (pipeline keyframes). Repeat for more.",
+        ),
+    ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND=PATH[:STRENGTH]",
+            help="A video or image to follow (pipeline ic-lora): canny, depth and pose are made "
+            "from it, detailer and reference show it as it is.",
+        ),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(metavar="CLIP", help="The clip to edit (pipelines retake and extend)."),
+    ] = None,
+    start_time: Annotated[
+        float | None, typer.Option(help="Seconds; where a retake begins. Default: the start.")
+    ] = None,
+    end_time: Annotated[
+        float | None, typer.Option(help="Seconds; where a retake ends. Default: the end.")
+    ] = None,
+    modality: Annotated[
+        str, typer.Option(help="What a retake makes anew: video, audio or both.")
+    ] = "both",
+    audio: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A sound that the picture follows and the clip keeps: any file with a sound "
+            "track. Cut to the clip's length, or followed by silence.",
+        ),
+    ] = None,
+    audio_start_time: Annotated[
+        float, typer.Option(help="Seconds of the sound that are skipped.")
+    ] = 0.0,
+    audio_prompt: Annotated[
+        str | None, typer.Option(help="How the clip sounds; joined to the prompt.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH[:STRENGTH]", help="An adapter (default strength 1). Repeat."),
+    ] = None,
+    spatial_upsampler: Annotated[
+        Path | None,
+        typer.Option(
+            "--spatial-upsampler-path",
+            metavar="FILE",
+            help="The x2 upsampler of two-stage pipelines; default: the one beside the model.",
+        ),
+    ] = None,
+    distilled_lora: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH[:STRENGTH]",
+            help="For unguided stages of a model that is not distilled; default: beside it.",
+        ),
+    ] = None,
+    skip_stage_2: Annotated[
+        bool,
+        typer.Option("--skip-stage-2", help="First stage only, at full size: needs no upsampler."),
+    ] = False,
     negative_prompt: Annotated[
         str | None, typer.Option(help="What to steer away from; default: the model's.")
     ] = None,
@@ -155,6 +236,29 @@ def generate(
             help="Keeps guided contrast in bounds; 0 to 1. LTX-2: 0.7.",
         ),
     ] = None,
+    guidance_interval: Annotated[
+        tuple[float, float],
+        typer.Option(
+            metavar="LOW HIGH", help="Guide only at noise levels (sigmas) from LOW to HIGH."
+        ),
+    ] = (0.0, 1.0),
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            help="euler, euler-ancestral, ddim, gradient-estimation, heun, dpmpp-2m, dpmpp-2m-sde "
+            "or res-2s; default: the pipeline's."
+        ),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="shifted, linear-quadratic, beta, karras or distilled; default: the pipeline's."
+        ),
+    ] = None,
+    max_batch_size: Annotated[
+        int | None,
+        typer.Option(help="Guidance passes that go through the model at once; default: all."),
+    ] = None,
     no_audio: Annotated[bool, typer.Option("--no-audio", help="Make a silent clip.")] = False,
     enlarge: Annotated[
         int, typer.Option(help="Whole factor by which the picture is enlarged for viewing.")
@@ -163,6 +267,32 @@ def generate(
         str, typer.Option(help="bicubic, lanczos, or nearest (shows the model's own pixels).")
     ] = "bicubic",
     crf: Annotated[int, typer.Option(help="H.264 quality, 0 (lossless) to 51 (worst).")] = 19,
+    tile: Annotated[
+        str,
+        typer.Option(
+            metavar="auto | off | WxHxF",
+            help="How the picture is decoded: in tiles that fit the free memory, whole, or in "
+            "tiles of this width, height and length.",
+        ),
+    ] = "auto",
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream", help="Write an MP4 that plays while it grows; with `-o -` to a pipe."
+        ),
+    ] = False,
+    enhance_prompt: Annotated[
+        bool,
+        typer.Option("--enhance-prompt", help="Let a language model fill in the prompt's details."),
+    ] = False,
+    enhancer: Annotated[
+        str,
+        typer.Option(
+            metavar="auto | rules | gemma | URL | MODEL",
+            help="Who does: the text encoder's own Gemma (rules for nano), a server with OpenAI's "
+            "protocol, or a language model's folder or hub id.",
+        ),
+    ] = "auto",
     text_encoder: Annotated[
         str | None,
         typer.Option(
@@ -185,11 +315,17 @@ def generate(
     [dim]aiprod generate "the ball rolls away" --image first.png -o roll.mp4 --enlarge 8[/dim]
     [dim]aiprod generate "rain on a tin roof" -m ltx-2-19b-dev.safetensors --num-frames 121[/dim]
     """
-    from aiprod_pipelines import media
-    from aiprod_pipelines.progress import RichProgress
-    from aiprod_pipelines.request import GenerationRequest, ImageCondition, PerModality
+    from aiprod_pipelines.catalog import find_pipeline
+    from aiprod_pipelines.request import (
+        ControlCondition,
+        GenerationRequest,
+        ImageCondition,
+        LoraFile,
+        PerModality,
+    )
 
-    media.check_output_path(output)
+    if not (stream and str(output) == "-"):
+        check_output(output, pipeline)
     scales: dict[str, Any] = {
         name: PerModality.parse(text, f"--{name.replace('_', '-')}")
         for name, text in (
@@ -210,30 +346,109 @@ def generate(
         frame_rate=frame_rate,
         num_inference_steps=num_inference_steps,
         images=tuple(ImageCondition.parse(text) for text in image or ()),
+        keyframes=tuple(ImageCondition.parse(text) for text in keyframe or ()),
+        controls=tuple(ControlCondition.parse(text) for text in control or ()),
+        source=source,
+        start_time=start_time,
+        end_time=end_time,
+        modality=modality,
+        audio=audio,
+        audio_start_time=audio_start_time,
+        audio_prompt=audio_prompt,
         generate_audio=not no_audio,
+        loras=tuple(LoraFile.parse(text) for text in lora or ()),
+        spatial_upsampler=spatial_upsampler,
+        distilled_lora=LoraFile.parse(distilled_lora) if distilled_lora else None,
+        skip_stage_2=skip_stage_2,
+        guidance_interval=guidance_interval,
+        sampler=sampler,
+        schedule=schedule,
+        max_batch_size=max_batch_size,
         enlarge=enlarge,
         enlarge_method=enlarge_method,
         crf=crf,
+        tile=tile,
         **scales,
     )
-    from aiprod_pipelines.ti2vid_one_stage import TI2VidOneStagePipeline
-
-    progress = RichProgress()
-    pipeline = TI2VidOneStagePipeline.from_model(
+    opened = find_pipeline(pipeline).from_model(
         model, text_encoder=text_encoder, device=device, dtype=dtype
     )
-    clip = pipeline.run(request, progress=progress)
-    clip.save(output)
-    report = clip.report(output)
-    if as_json:
-        typer.echo(json.dumps(report))
-        return
-    sound = f", {report['audio_sample_rate']} Hz sound" if report["audio_sample_rate"] else ""
-    typer.echo(
-        f"{output}: {report['width']}x{report['height']}, {report['num_frames']} frames at "
-        f"{report['frame_rate']:g} fps{sound}, seed {seed}, "
-        f"{sum(report['seconds'].values()):.1f} s"
+    write_clip(
+        opened,
+        request,
+        output,
+        as_json=as_json,
+        enhancer=enhancer if enhance_prompt else None,
+        is_streamed=stream,
     )
+
+
+def check_output(output: Path, pipeline: str) -> None:
+    """Raises InputError when the clip could not be written, before anything else is done."""
+    from aiprod_pipelines import media
+
+    is_sound = pipeline == "text-to-audio"
+    media.check_output_path(output, media.SOUND_SUFFIXES if is_sound else media.VIDEO_SUFFIXES)
+
+
+def write_clip(
+    pipeline: "Pipeline",
+    request: "GenerationRequest",
+    output: Path,
+    *,
+    as_json: bool,
+    enhancer: str | None = None,
+    is_streamed: bool = False,
+) -> None:
+    """Makes a clip, writes it and says so. `enhancer` first rewrites the prompt."""
+    import time
+
+    from aiprod_pipelines.progress import RichProgress
+
+    started = time.monotonic()
+    is_piped = is_streamed and str(output) == "-"
+    if not is_piped:
+        check_output(output, pipeline.name)
+    progress = RichProgress()
+    if enhancer is not None:
+        from aiprod_pipelines.prompt_enhancer import enhance_request
+
+        request = enhance_request(pipeline.models, request, enhancer, progress)
+    clip = pipeline.run(request, progress=progress)
+    if is_streamed:
+        from aiprod_pipelines.streaming import write_stream
+
+        written = write_stream(clip.stream(), output, started=started)
+        extra: dict[str, Any] = {"first_segment_s": round(written.first_segment_s, 3)}
+    else:
+        clip.save(output)
+        extra = {}
+    report = clip.report(output) | extra
+    if as_json:
+        # Standard output is the clip's own where it is piped.
+        typer.echo(json.dumps(report), err=is_piped)
+        return
+    parts = []
+    if report["width"]:
+        size, rate = f"{report['width']}x{report['height']}", f"{report['frame_rate']:g} fps"
+        parts.append(f"{size}, {report['num_frames']} frames at {rate}")
+    if report["audio_sample_rate"]:
+        parts.append(f"{report['audio_sample_rate']} Hz sound")
+    seconds = sum(clip.progress.seconds.values())
+    summary = f"{', '.join(parts)}, seed {request.seed}, {seconds:.1f} s"
+    typer.echo(f"{output}: {summary}", err=is_piped)
+
+
+@pipelines_app.command("list")
+@explains_errors
+def list_pipelines(as_json: JsonFlag = False) -> None:
+    """List the pipelines with what each is for and the inputs that it takes."""
+    if as_json:
+        entries = [{"name": name, **entry._asdict()} for name, entry in PIPELINES.items()]
+        typer.echo(json.dumps(entries))
+        return
+    rows = [(name, entry.summary, entry.inputs) for name, entry in PIPELINES.items()]
+    _print_table(("pipeline", "", "inputs"), rows)
 
 
 @app.command()
@@ -261,12 +476,75 @@ def inspect(
         "pipeline": recipe["pipeline"],
         "model": recipe["model"]["name"],
         **{f"model file {i}": _identity(f) for i, f in enumerate(recipe["model"]["files"], 1)},
+        "text encoder": recipe["text_encoder"]["source"] or "the model's",
         **{name: _as_text(value) for name, value in recipe["request"].items()},
+        **{f"sha256 of {name}": digest for name, digest in recipe["inputs"].items()},
         "computed on": ", ".join(recipe["computed_on"].values()),
         "versions": ", ".join(f"{name} {number}" for name, number in recipe["versions"].items()),
         "latents sha256": recipe["latents_sha256"],
     }
     _print_table(("", ""), list(rows.items()))
+
+
+@app.command()
+@explains_errors
+def replay(
+    clip: Annotated[Path, typer.Argument(help="A clip that AIPROD wrote.")],
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Only say whether the same latents come out, bit for bit: exit 0, or 1.",
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Default: CLIP-replay.mp4 beside it.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Where the model is now, if it has moved.")
+    ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Where the text encoder is now, if it has moved.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Default: as the clip was made.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Default: as the clip was made.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a clip again from the recipe that it carries, or say which input has changed.
+
+    [dim]aiprod replay ball.mp4[/dim]
+    [dim]aiprod replay ball.mp4 --check[/dim]
+    """
+    from aiprod_pipelines.progress import RichProgress
+    from aiprod_pipelines.replay import open_replay
+
+    target = output or clip.with_name(f"{clip.stem}-replay{clip.suffix}")
+    again = open_replay(clip, model=model, text_encoder=text_encoder, device=device, dtype=dtype)
+    if not check:
+        check_output(target, again.pipeline.name)
+    report: dict[str, Any] = {
+        "same": False,
+        "changed": again.changed,
+        "noted": again.noted,
+        "latents_sha256": None,
+        "expected_sha256": again.recipe["latents_sha256"],
+        "output": None,
+    }
+    if not (check and again.changed):  # another input cannot give the same latents
+        result = again.run(RichProgress())
+        report["same"] = again.is_same(result)
+        report["latents_sha256"] = result.recipe["latents_sha256"]
+        if not check:
+            report["output"] = str(result.save(target))
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        verdict = "the same latents, bit for bit" if report["same"] else "not the same latents"
+        typer.echo(f"{report['output'] or clip}: {verdict}")
+        for reason in [] if report["same"] else [*again.changed, *again.noted]:
+            typer.echo(f"  {reason}")
+    if check and not report["same"]:
+        raise typer.Exit(1)
 
 
 @models_app.command("list")
@@ -337,7 +615,7 @@ def _as_text(value: Any) -> str:
 
 
 def _identity(file: dict[str, Any]) -> str:
-    kind = "sha256" if "sha256" in file else "header_sha256"
+    kind = "sha256" if "sha256" in file else "sampled_sha256"
     return f"{file['file']}, {_size(file['bytes'])}, {kind} {file[kind]}"
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aiprod_core.errors import InputError
 from aiprod_core.types import AV
 from aiprod_pipelines import media, stages
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
-from aiprod_pipelines.recipe import embed, make_recipe
+from aiprod_pipelines.recipe import circumstances, embed, make_recipe
 from aiprod_pipelines.request import GenerationRequest
 
 
@@ -28,17 +29,24 @@ class Clip:
     request: GenerationRequest  # resolved: every field is set
     latents: AV
     progress: Progress = field(default_factory=Progress)
+    soundtrack: media.Audio | None = None  # a given sound, which stands for the latents' own
 
-    def frames(self) -> Iterator[Tensor]:
+    def frames(self, *, is_streamed: bool = False) -> Iterator[Tensor]:
         """Chunks (frames, height, width, 3) of uint8, in order, at the model's own size."""
         assert self.latents.video is not None
-        return stages.decode_video(self.models, self.latents.video, self.progress)
+        return stages.decode_video(
+            self.models,
+            self.latents.video,
+            self.progress,
+            tile=self.request.tile,
+            is_streamed=is_streamed,
+        )
 
     @cached_property
     def audio(self) -> media.Audio | None:
         """The sound, as long as the picture; None in a silent clip."""
-        if self.latents.audio is None:
-            return None
+        if self.soundtrack is not None or self.latents.audio is None:
+            return self.soundtrack
         duration_s = self.request.shape.duration_s
         return stages.decode_audio(self.models, self.latents.audio, duration_s, self.progress)
 
@@ -52,11 +60,19 @@ class Clip:
             self.models.checkpoint,
             self.request,
             {name: latent for name, latent in latents.items() if latent is not None},
-            {"device": self.models.device.type, "dtype": str(self.models.dtype).split(".")[-1]},
+            circumstances(self.models.device, self.models.dtype),
+            self.models.text_encoder_source,
         )
 
     def save(self, path: str | Path) -> Path:
-        """Writes an MP4 that carries the recipe. Raises InputError where it cannot be written."""
+        """Writes an MP4 that carries the recipe; a clip without picture also as WAV, FLAC or M4A.
+
+        Raises InputError where it cannot be written.
+        """
+        if self.latents.video is None:
+            assert self.audio is not None
+            media.write_audio(path, self.audio, metadata=embed(self.recipe))
+            return Path(path)
         media.check_output_path(path)
         height, width = self.size
         chunks = media.enlarge(
@@ -72,6 +88,25 @@ class Clip:
         )
         return Path(path)
 
+    def stream(self) -> Iterator[bytes]:
+        """Yields the clip as the segments of a fragmented MP4, each before the next is decoded."""
+        if self.latents.video is None:
+            raise InputError("a sound alone cannot be streamed; save it.")
+        height, width = self.size
+        chunks = media.enlarge(
+            self.frames(is_streamed=True),
+            height=height,
+            width=width,
+            method=self.request.enlarge_method,
+        )
+        return media.fragments(
+            chunks,
+            self.request.shape.fps,
+            audio=self.audio,
+            metadata=embed(self.recipe),
+            crf=self.request.crf,
+        )
+
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) of the written file, in pixels."""
@@ -81,14 +116,15 @@ class Clip:
     def report(self, output: str | Path) -> dict[str, Any]:
         """What `aiprod generate --json` prints of a saved clip."""
         height, width = self.size
+        has_picture = self.latents.video is not None
         return {
             "output": str(output),
             "model": self.models.name,
             "pipeline": self.pipeline,
             "seed": self.request.seed,
-            "width": width,
-            "height": height,
-            "num_frames": self.request.num_frames,
+            "width": width if has_picture else None,
+            "height": height if has_picture else None,
+            "num_frames": self.request.num_frames if has_picture else 0,
             "frame_rate": self.request.frame_rate,
             "audio_sample_rate": self.audio.sample_rate if self.audio else None,
             "seconds": {name: round(s, 3) for name, s in self.progress.seconds.items()},

@@ -11,9 +11,10 @@ import importlib.resources
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,23 @@ from torch import nn
 from aiprod_core.errors import CheckpointError, InputError
 from aiprod_core.loader import networks
 from aiprod_core.loader.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
+from aiprod_core.loader.lora import Lora, fuse
 from aiprod_core.model.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
 from aiprod_core.model.text_connector import TextConfig, TextProjector
 from aiprod_core.model.text_encoder import TextEncoder
 from aiprod_core.model.transformer import Transformer, TransformerConfig
+from aiprod_core.model.upsampler import LatentUpsampler
 from aiprod_core.model.video_vae import VideoDecoder, VideoEncoder, VideoVAEConfig
 from aiprod_core.model.vocoder import Vocoder, VocoderConfig
+from aiprod_pipelines import companions
 from aiprod_pipelines.request import ModelProfile, PerModality
 
 logger = logging.getLogger(__name__)
 
-BUNDLED = {"nano": ("aiprod_nano", "nano-dev.safetensors")}
+BUNDLED = {
+    "nano": ("aiprod_nano", "nano-dev.safetensors"),
+    "nano-distilled": ("aiprod_nano", "nano-distilled.safetensors"),
+}
 
 DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -76,8 +83,13 @@ class ModelSet:
         text_encoder: str | Path | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        other_parts: Sequence[str | Path] = (),
+        prefers_distilled: bool = False,
     ) -> "ModelSet":
         """Finds the model and reads its headers, no weights.
+
+        `other_parts` are files of a split model besides the named one. With `prefers_distilled`
+        the name of a shipped model stands for its distilled sibling, where there is one.
 
         `text_encoder` is a folder or hub repository; by default the folder `text_encoder` beside
         the file, else what the checkpoint's metadata names. Raises InputError or CheckpointError
@@ -85,7 +97,9 @@ class ModelSet:
         """
         chosen_device = choose_device(device)
         chosen_dtype = choose_dtype(dtype, chosen_device)
-        checkpoint = open_checkpoint(*resolve_model(str(model), text_encoder))
+        if prefers_distilled and _is_installed(f"{model}-distilled"):
+            model = f"{model}-distilled"
+        checkpoint = open_checkpoint(*resolve_model(str(model), text_encoder), *other_parts)
         beside = checkpoint.paths[0].parent / "text_encoder"
         if text_encoder is None and beside.is_dir():
             text_encoder = beside
@@ -106,6 +120,10 @@ class ModelSet:
         return TransformerConfig.from_metadata(self.checkpoint.section("transformer"))
 
     @property
+    def is_distilled(self) -> bool:
+        return companions.is_distilled(self.checkpoint)
+
+    @property
     def audio_config(self) -> AudioVAEConfig:
         return AudioVAEConfig.from_metadata(self.checkpoint.section("audio_vae"))
 
@@ -122,8 +140,26 @@ class ModelSet:
             yield net
 
     @contextmanager
-    def transformer(self) -> Iterator[Transformer]:
-        with self._lend("transformer", lambda: self._load(networks.load_transformer)) as net:
+    def transformer(
+        self, loras: Sequence[tuple[Lora, float]] = (), *, audio_only: bool = False
+    ) -> Iterator[Transformer]:
+        """With LoRAs in its weights for the length of the loan; or its audio half alone."""
+        load = partial(networks.load_transformer, audio_only=audio_only)
+        name = "audio transformer" if audio_only else "transformer"
+        with self._lend(name, lambda: self._load(load)) as net:
+            # A network that is freed afterwards needs no way back: "meta" keeps no copy.
+            kept_on = None if self.keeps_loaded else "meta"
+            fusion = fuse(net, loras, allow_unmatched=audio_only, keep_originals_on=kept_on)
+            try:
+                yield net
+            finally:
+                if self.keeps_loaded:
+                    fusion.unfuse()
+
+    @contextmanager
+    def upsampler(self, path: Path) -> Iterator[LatentUpsampler]:
+        load = partial(networks.load_upsampler, device=self.device, dtype=self.dtype)
+        with self._lend(f"upsampler {path}", lambda: load(open_checkpoint(path))) as net:
             yield net
 
     @contextmanager
@@ -209,6 +245,13 @@ def _bundled_path(name: str) -> Path:
             "another --model."
         )
     return path
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return name in BUNDLED and _bundled_path(name).is_file()
+    except InputError:
+        return False
 
 
 def _with_other_shards(path: Path) -> list[Path]:

@@ -80,6 +80,7 @@ FLAGS = (
     Flag("--audio-start-time", "audio_start_time", float, help="seconds of it that are skipped"),
     # Running.
     Flag("--max-batch-size", "max_batch_size", int, help="guidance passes a model call"),
+    Flag("--tile", "tile", help="decoding: auto, off or WxHxF"),
     Flag("--device", "device"),
     Flag("--dtype", "dtype"),
 )
@@ -122,6 +123,9 @@ def argument_parser(pipeline: "type[Pipeline]") -> argparse.ArgumentParser:
         parser.add_argument(flag.name, **options)
     parser.add_argument("--no-audio", action="store_true", default=False)
     parser.add_argument("--skip-stage-2", action="store_true", default=False)
+    parser.add_argument("--enhance-prompt", action="store_true", default=False)
+    parser.add_argument("--enhancer", default="auto", help="auto, rules, gemma, a URL or a model")
+    parser.add_argument("--stream", action="store_true", default=False, help="plays as it grows")
     parser.add_argument("--json", action="store_true", default=False)
     return parser
 
@@ -141,7 +145,14 @@ def _run(pipeline: "type[Pipeline]", given: dict[str, Any]) -> None:
     for name, values in halves.items():
         default: PerModality = getattr(profile, name, plain.skip_step)
         plain = dataclasses.replace(plain, **{name: default._replace(**values)})
-    write_clip(opened, plain, given["output_path"], as_json=given["json"])
+    write_clip(
+        opened,
+        plain,
+        given["output_path"],
+        as_json=given["json"],
+        enhancer=given["enhancer"] if given["enhance_prompt"] else None,
+        is_streamed=given["stream"],
+    )
 
 
 def collect(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -21,6 +21,7 @@ from aiprod_core.components import conditioning
 from aiprod_core.errors import InputError
 from aiprod_pipelines import companions, media, stages
 from aiprod_pipelines.clip import Clip
+from aiprod_pipelines.controls import make_control
 from aiprod_pipelines.flags import main
 from aiprod_pipelines.pipeline import Pipeline
 from aiprod_pipelines.progress import Progress
@@ -124,8 +125,6 @@ class ICLoraPipeline(Pipeline):
             progress.note(f"{control.path}: steers the first {len(frames)} frames; it ends there")
         if control.kind in MADE:
             with progress.stage(f"make {control.kind}"):
-                from aiprod_pipelines.controls import make_control
-
                 frames = make_control(control.kind, frames)
         if temporal_scale > 1:
             frames = frames[[0, *range(1, len(frames), temporal_scale)]]

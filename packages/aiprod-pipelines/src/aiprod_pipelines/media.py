@@ -8,7 +8,7 @@ InputError with one sentence. Nothing here needs torch, so reading a file's head
 import io
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +19,7 @@ import av
 import av.error
 import numpy as np
 from av.audio.resampler import AudioResampler
+from av.audio.stream import AudioStream
 from av.container import InputContainer, OutputContainer
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
@@ -26,7 +27,8 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from aiprod_core.errors import InputError
 
-Frame = NDArray[np.uint8]
+Frame = NDArray[np.uint8]  # (height, width, 3)
+Frames = NDArray[np.uint8]  # (frames, height, width, 3)
 Samples = NDArray[np.float32]
 
 BT709 = 1  # the same number names the matrix, the primaries and the transfer curve in H.264
@@ -34,6 +36,17 @@ LIMITED_RANGE = 1
 FULL_RANGE = 2
 
 MP4_OPTIONS = {"movflags": "+faststart"}  # the index first: players need not read to the end
+
+# Each fragment carries its own index. The header waits for the first one (delay_moov), because
+# only then is the sound encoder's delay known, by which players keep it level with the picture.
+FRAGMENT_OPTIONS = {
+    "movflags": "+frag_keyframe+empty_moov+delay_moov+default_base_moof",
+    "frag_duration": "250000",  # microseconds
+}
+
+VIDEO_SUFFIXES = (".mp4",)
+SOUND_CODECS = {".wav": "pcm_s16le", ".m4a": "aac", ".flac": "flac", ".mp4": "aac"}
+SOUND_SUFFIXES = tuple(SOUND_CODECS)
 
 RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -86,7 +99,7 @@ def probe(path: str | Path) -> MediaInfo:
         if stream is not None and stream.duration and stream.time_base:
             duration_s = float(stream.duration * stream.time_base)
         fps = float(video.average_rate or video.guessed_rate or 0) if video else None
-        num_frames = video.frames or sum(1 for _ in container.demux(video)) if video else None
+        num_frames = video.frames or _count_packets(container, video) if video else None
         return MediaInfo(
             path=Path(path),
             duration_s=duration_s,
@@ -141,6 +154,58 @@ def read_frames(path: str | Path) -> Iterator[Frame]:
             yield _to_rgb(frame)
         if not count:
             raise InputError(f"{path}: no frame of this video can be decoded.")
+
+
+def read_frames_at(path: str | Path, fps: float, num_frames: int) -> Iterator[Frame]:
+    """A video at another rate: for each time i / fps the frame that is on screen, from its start.
+
+    Ends early where the file does. An image gives one frame.
+    """
+    _check_file(path)
+    if _is_image(path):
+        yield read_image(path)
+        return
+    with _open_media(path) as container:
+        if not container.streams.video:
+            raise InputError(f"{path}: no video track in this file.")
+        stream = container.streams.video[0]
+        stream.thread_type = "AUTO"
+        frame_s = 1 / float(stream.average_rate or stream.guessed_rate or 24)
+        shown: Frame | None = None
+        count, start_s, end_s = 0, None, 0.0
+        for index, frame in enumerate(container.decode(stream)):
+            time_s = frame.time if frame.time is not None else index * frame_s
+            start_s = time_s if start_s is None else start_s
+            # The tolerance is half a tick of the rates in use: times in files are rounded.
+            while shown is not None and count / fps < time_s - start_s - frame_s * 0.01:
+                if count == num_frames:
+                    return
+                yield shown
+                count += 1
+            shown, end_s = _to_rgb(frame), time_s - start_s + frame_s
+        if shown is None:
+            raise InputError(f"{path}: no frame of this video can be decoded.")
+        while count < num_frames and count / fps < end_s - frame_s * 0.01:
+            yield shown
+            count += 1
+
+
+def read_span(path: str | Path, start_s: float, duration_s: float) -> Audio:
+    """A stretch of a file's sound, filled with silence where the file ends before it."""
+    has_more = (probe(path).audio_channels or 0) > 2
+    audio = read_audio(path, channels=2 if has_more else None)
+    start, length = round(start_s * audio.sample_rate), round(duration_s * audio.sample_rate)
+    samples = audio.samples[:, start : start + length]
+    missing = length - samples.shape[1]
+    return Audio(np.pad(samples, ((0, 0), (0, missing))), audio.sample_rate)
+
+
+def _is_image(path: str | Path) -> bool:
+    try:
+        with Image.open(path) as file:
+            return not getattr(file, "is_animated", False)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return False
 
 
 def read_audio(
@@ -215,9 +280,33 @@ def write_video(
             av.open(str(temporary), "w", format="mp4", options=MP4_OPTIONS) as container,
         ):
             container.metadata.update(metadata or {})
-            return _encode(container, chunks, rate, audio, crf)
+            return sum(1 for _ in _encode(container, chunks, rate, audio, crf))
     except (av.error.FFmpegError, OSError) as error:
         raise InputError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+def fragments(
+    chunks: Iterable[Any],
+    fps: float,
+    *,
+    audio: Audio | None = None,
+    metadata: Mapping[str, str] | None = None,
+    crf: int = 19,
+) -> Iterator[bytes]:
+    """Yields the parts of a fragmented MP4, each as soon as its frames are encoded.
+
+    Arguments are those of `write_video`. Put together, the parts are one file, which plays while it
+    grows; the first holds the header and the metadata.
+    """
+    rate = Fraction(fps).limit_denominator(1001)
+    written = _Drain()
+    with av.open(written, "w", format="mp4", options=FRAGMENT_OPTIONS) as container:
+        container.metadata.update(metadata or {})
+        for _ in _encode(container, chunks, rate, audio, crf, is_live=True):
+            if part := written.take():
+                yield part
+    if part := written.take():
+        yield part
 
 
 def enlarge(
@@ -231,13 +320,40 @@ def enlarge(
         yield np.stack([_resize(frame, height, width, RESAMPLING[method]) for frame in frames])
 
 
-def check_output_path(path: str | Path) -> None:
+def write_audio(
+    path: str | Path, audio: Audio, *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes sound alone: .wav (16 bit), .flac, .m4a, or an .mp4 without a picture.
+
+    As `write_video`, the file appears under its own name only when whole.
+    """
+    path = Path(path)
+    check_output_path(path, SOUND_SUFFIXES)
+    suffix = path.suffix.lower()
+    container_format = {".wav": "wav", ".flac": "flac"}.get(suffix, "mp4")
+    options = MP4_OPTIONS if container_format == "mp4" else {}
+    try:
+        with (
+            _replaced_when_whole(path) as temporary,
+            av.open(str(temporary), "w", format=container_format, options=options) as container,
+        ):
+            container.metadata.update(metadata or {})
+            _SoundTrack(container, audio, SOUND_CODECS[suffix]).finish()
+    except (av.error.FFmpegError, OSError) as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}).") from error
+
+
+def check_output_path(path: str | Path, suffixes: Sequence[str] = VIDEO_SUFFIXES) -> None:
     """Raises InputError when a file cannot be written at `path`, before any work is done."""
     path = Path(path)
     if path.is_dir():
-        raise InputError(f"{path}: is a directory; give a file name such as {path / 'clip.mp4'}.")
-    if path.suffix.lower() != ".mp4":
-        raise InputError(f"{path}: the output is an MP4; try {path.with_suffix('.mp4')}.")
+        example = path / f"clip{suffixes[0]}"
+        raise InputError(f"{path}: is a directory; give a file name such as {example}.")
+    if path.suffix.lower() not in suffixes:
+        raise InputError(
+            f"{path}: the output is {' or '.join(s[1:].upper() for s in suffixes)}; "
+            f"try {path.with_suffix(suffixes[0])}."
+        )
     parent = path.parent
     if not parent.is_dir():
         raise InputError(f"{path}: the folder {parent} does not exist; make it first.")
@@ -299,6 +415,11 @@ def _open_media(path: str | Path) -> Iterator[InputContainer]:
         ) from error
 
 
+def _count_packets(container: InputContainer, stream: Any) -> int:
+    """Packets of a stream, one a frame; the empty one that marks the end is none."""
+    return sum(1 for packet in container.demux(stream) if packet.size)
+
+
 def _check_file(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
@@ -325,8 +446,14 @@ def _encode(
     rate: Fraction,
     audio: Audio | None,
     crf: int,
-) -> int:
-    """Encodes frames as they come and keeps the sound level with the picture."""
+    *,
+    is_live: bool = False,
+) -> Iterator[int]:
+    """Encodes frames as they come and keeps the sound level with the picture.
+
+    Yields after each frame how many are done. `is_live` gives up some compression so that no frame
+    waits in the encoder.
+    """
     frames = (frame for chunk in chunks for frame in np.asarray(chunk))
     first = next(frames, None)
     if first is None:
@@ -335,6 +462,9 @@ def _encode(
     shape = first.shape
     height, width = (side + side % 2 for side in shape[:2])
     video_stream = _add_video_stream(container, rate, height, width, crf, "medium")
+    if is_live:
+        # A seek or a late joiner waits at most two seconds for a whole picture.
+        video_stream.options |= {"tune": "zerolatency", "g": str(max(1, round(2 * rate)))}
     sound = _SoundTrack(container, audio) if audio is not None else None
 
     count = 0
@@ -349,24 +479,46 @@ def _encode(
         count += 1
         if sound is not None:
             sound.write_until(float(count / rate))
+        yield count
         frame = next(frames, None)
     container.mux(video_stream.encode())
     if sound is not None:
         sound.finish()
-    return count
+
+
+class _Drain(io.RawIOBase):
+    """A file that is only written to, and emptied by `take`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[bytes] = []
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.parts.append(bytes(data))
+        return len(data)
+
+    def take(self) -> bytes:
+        parts, self.parts = self.parts, []
+        return b"".join(parts)
 
 
 class _SoundTrack:
     """The sound on its way into the container, a stretch at a time."""
 
-    def __init__(self, container: OutputContainer, audio: Audio):
+    def __init__(self, container: OutputContainer, audio: Audio, codec: str = "aac"):
         channels, _ = audio.samples.shape
         if channels not in (1, 2):
             raise InputError(f"Sound must have 1 or 2 channels; got {channels}.")
         self.container, self.audio, self.position = container, audio, 0
         layout = "stereo" if channels == 2 else "mono"
-        self.stream = container.add_stream("aac", rate=audio.sample_rate, layout=layout)
-        self.stream.bit_rate = 96_000 * channels
+        stream = container.add_stream(codec, rate=audio.sample_rate, layout=layout)
+        assert isinstance(stream, AudioStream)
+        self.stream = stream
+        if codec == "aac":
+            self.stream.bit_rate = 96_000 * channels
 
     def write_until(self, time_s: float) -> None:
         end = min(round(time_s * self.audio.sample_rate), self.audio.samples.shape[1])

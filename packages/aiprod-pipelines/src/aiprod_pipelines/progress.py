@@ -27,6 +27,9 @@ class Progress:
     def show(self, name: str, total: int) -> Iterator[Advance]:
         yield lambda done: None
 
+    def note(self, text: str) -> None:
+        """Something worth knowing that stops nothing."""
+
 
 class RichProgress(Progress):
     """One bar a stage on standard error, or one line a stage where that is not a terminal."""
@@ -57,3 +60,6 @@ class RichProgress(Progress):
             task = bars.add_task(name, total=total)
             yield lambda done: bars.advance(task, done)
             bars.update(task, completed=total)
+
+    def note(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False)

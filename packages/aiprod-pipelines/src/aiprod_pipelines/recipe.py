@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from aiprod_core.errors import InputError
@@ -20,7 +21,10 @@ from aiprod_pipelines.request import GenerationRequest
 
 FORMAT = 1
 TAG = "comment"  # shown by players and kept by most tools that copy MP4 files
-WHOLE_FILE_LIMIT = 2**30  # bytes; larger files are known by their header, in milliseconds
+
+# Larger files are known by samples of their bytes, in milliseconds instead of minutes.
+WHOLE_FILE_LIMIT = 2**30
+NUM_SAMPLES, SAMPLE_BYTES = 256, 2**16
 
 
 def make_recipe(
@@ -30,24 +34,36 @@ def make_recipe(
     request: GenerationRequest,
     latents: dict[str, Tensor],
     computed_on: dict[str, str],
+    text_encoder: Path | str | None = None,
 ) -> dict[str, Any]:
-    """`latents` are the final ones by modality; `computed_on` names device and dtype."""
+    """`latents` are the final ones by modality; `computed_on` is what `circumstances` gives."""
     return {
         "aiprod": FORMAT,
         "pipeline": pipeline,
         "model": {"name": model, "files": [file_identity(path) for path in checkpoint.paths]},
+        "text_encoder": text_encoder_identity(text_encoder),
         "request": request.to_dict(),
-        "inputs": {str(image.path): file_sha256(image.path) for image in request.images},
+        "inputs": {str(path): input_sha256(path) for path in request.input_files},
         "computed_on": computed_on,
-        "versions": {
-            "python": platform.python_version(),
-            **{
-                name: metadata.version(name)
-                for name in ("aiprod-core", "aiprod-pipelines", "torch", "av")
-            },
-        },
+        "versions": versions(),
         "latents_sha256": latents_sha256(latents),
     }
+
+
+def circumstances(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """What else decides the last bits of a result: the hardware, the precision, the threads."""
+    is_cuda = device.type == "cuda"
+    return {
+        "device": device.type,
+        "hardware": torch.cuda.get_device_name(device) if is_cuda else platform.machine(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def versions() -> dict[str, str]:
+    names = ("aiprod-core", "aiprod-pipelines", "torch", "transformers", "av")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
 
 
 def embed(recipe: dict[str, Any]) -> dict[str, str]:
@@ -79,14 +95,38 @@ def latents_sha256(latents: dict[str, Tensor]) -> str:
 
 
 def file_identity(path: Path) -> dict[str, Any]:
-    """Name, size and hash of a weight file: of all its bytes, or of its header above 1 GiB."""
+    """Name, size and hash of a file: of all its bytes, or of samples of them above 1 GiB.
+
+    The samples are the start, where a weight file's header is, and stretches at even distances:
+    training or conversion changes every tensor, and so every sample.
+    """
     size = path.stat().st_size
     if size <= WHOLE_FILE_LIMIT:
         return {"file": path.name, "bytes": size, "sha256": file_sha256(path)}
+    digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = hashlib.sha256(file.read(length)).hexdigest()
-    return {"file": path.name, "bytes": size, "header_sha256": header}
+        for index in range(NUM_SAMPLES):
+            file.seek(index * (size - SAMPLE_BYTES) // (NUM_SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return {"file": path.name, "bytes": size, "sampled_sha256": digest.hexdigest()}
+
+
+def contents_of(identity: dict[str, Any]) -> str:
+    """The hash in a `file_identity`."""
+    return identity.get("sha256") or identity["sampled_sha256"]
+
+
+def input_sha256(path: Path) -> str:
+    return contents_of(file_identity(path))
+
+
+def text_encoder_identity(source: Path | str | None) -> dict[str, Any]:
+    """Where a text encoder is from, and its files if that is a folder."""
+    folder = Path(source) if source is not None else None
+    if folder is None or not folder.is_dir():
+        return {"source": None if source is None else str(source), "files": []}
+    names = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("tokenizer.*"))]
+    return {"source": str(folder), "files": [file_identity(path) for path in names]}
 
 
 def file_sha256(path: Path) -> str:

@@ -7,17 +7,27 @@ nearest valid value.
 """
 
 import dataclasses
+import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+from aiprod_core.components.samplers import SAMPLERS
+from aiprod_core.components.schedulers import DISTILLED, SCHEDULES
 from aiprod_core.errors import InputError
 from aiprod_core.types import ScaleFactors, VideoShape
 from aiprod_pipelines import media
 
 MAX_SEED = 2**63 - 1
+
+# The fixed levels of distilled models besides the schedules that take any number of steps.
+SCHEDULE_NAMES = (*SCHEDULES, "distilled")
+DISTILLED_STEPS = len(DISTILLED) - 1
+MODALITIES = ("video", "audio", "both")
+CONTROL_KINDS = ("canny", "depth", "pose", "detailer", "reference")
 
 # Ours; used when the model does not bring its own. It names defects, never subjects.
 DEFAULT_NEGATIVE_PROMPT = (
@@ -70,16 +80,59 @@ class ImageCondition:
     @classmethod
     def parse(cls, text: str) -> "ImageCondition":
         """Reads PATH[:FRAME[:STRENGTH]]. A path may itself hold colons."""
-        path, numbers = text, []
-        while len(numbers) < 2 and not Path(path).exists():
-            head, colon, tail = path.rpartition(":")
-            if not colon or not _is_number(tail):
-                break
-            path, numbers = head, [float(tail), *numbers]
+        path, numbers = _split_numbers(text, at_most=2)
         if numbers and numbers[0] != int(numbers[0]):
             raise InputError(f"--image {text}: the frame is a whole number; got {numbers[0]}.")
         frame = int(numbers[0]) if numbers else 0
-        return cls(Path(path), frame, *numbers[1:])
+        return cls(path, frame, *numbers[1:])
+
+
+@dataclass(frozen=True)
+class ControlCondition:
+    """A video or an image that an IC-LoRA follows.
+
+    canny, depth and pose are made from the file; detailer and reference show it as it is, so they
+    also take a control signal that is ready-made.
+    """
+
+    kind: str
+    path: Path
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+        _check_choice("control", self.kind, CONTROL_KINDS)
+        _check_number("control strength", self.strength, 0.0, 1.0)
+
+    @classmethod
+    def parse(cls, text: str) -> "ControlCondition":
+        """Reads KIND=PATH[:STRENGTH]."""
+        kind, equals, rest = text.partition("=")
+        if not equals or not rest:
+            raise InputError(f"--control {text}: give KIND=PATH, such as canny=dance.mp4.")
+        path, numbers = _split_numbers(rest, at_most=1)
+        return cls(kind, path, *numbers)
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """An adapter file and how strongly it is added to the weights; 0 leaves it out."""
+
+    path: Path
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+        _check_number("LoRA strength", self.strength, -100.0, 100.0)
+
+    @classmethod
+    def parse(cls, text: str) -> "LoraFile":
+        """Reads PATH[:STRENGTH]."""
+        path, numbers = _split_numbers(text, at_most=1)
+        return cls(path, *numbers)
+
+
+F = TypeVar("F", ImageCondition, ControlCondition, LoraFile)
 
 
 @dataclass(frozen=True)
@@ -98,6 +151,8 @@ class ModelProfile:
     modality_scale: PerModality = field(default=PerModality(3.0, 3.0))
     stg_blocks: tuple[int, ...] = (28,)
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
+    sampler: str = "euler"
+    schedule: str = "shifted"
     image_crf: int = 33
     num_layers: int = 48
     has_audio: bool = True
@@ -131,12 +186,33 @@ class GenerationRequest:
     rescale_scale: PerModality | None = None  # 0 = no rescaling of the guided estimate
     modality_scale: PerModality | None = None  # 1 = no guidance by the isolated modality
     stg_blocks: tuple[int, ...] | None = None
+    skip_step: PerModality = field(default=PerModality(0, 0))  # k: guide every (k+1)-th step only
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # sigmas outside are not guided
+    sampler: str | None = None  # one of SAMPLERS
+    schedule: str | None = None  # one of SCHEDULE_NAMES
+    max_batch_size: int | None = None  # guidance passes a model call; None = all
     images: tuple[ImageCondition, ...] = field(default=())
+    keyframes: tuple[ImageCondition, ...] = field(default=())
     image_crf: int | None = None  # H.264 round trip of images; 0 = none
+    controls: tuple[ControlCondition, ...] = field(default=())
+    source: Path | None = None  # the clip to edit
+    start_time: float | None = None  # seconds in it
+    end_time: float | None = None
+    modality: str = "both"  # what a retake makes anew: video, audio or both
+    audio: Path | None = None  # a sound that the picture follows and the clip keeps
+    audio_start_time: float = 0.0  # seconds of it that are skipped
+    audio_prompt: str | None = None  # how it sounds; joined to the prompt
     generate_audio: bool = True
+    loras: tuple[LoraFile, ...] = field(default=())
+    spatial_upsampler: Path | None = None  # None = found beside the model
+    distilled_lora: LoraFile | None = None  # None = found beside the model
+    skip_stage_2: bool = False  # first stage only, at full size
     enlarge: int = 1  # integer factor for viewing, applied when the file is written
     enlarge_method: str = "bicubic"
     crf: int = 19  # quality of the written H.264; lower is better
+    original_prompt: str | None = None  # what the prompt was made from, if it was enhanced
+    enhanced_by: str | None = None  # who wrote it
+    tile: str = "auto"  # how the picture is decoded: auto, off or WIDTHxHEIGHTxFRAMES
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -144,6 +220,10 @@ class GenerationRequest:
         _check_number("seed", self.seed, 0, MAX_SEED, integer=True)
         _check_number("enlarge", self.enlarge, 1, 64, integer=True)
         _check_number("crf", self.crf, 0, 51, integer=True)
+        if not re.fullmatch(r"auto|off|[1-9]\d*x[1-9]\d*x[1-9]\d*", self.tile):
+            raise InputError(
+                f'tile must be auto, off or WIDTHxHEIGHTxFRAMES; got "{self.tile}", try 768x768x80.'
+            )
         if self.enlarge_method not in media.RESAMPLING:
             raise InputError(
                 f"enlarge_method must be one of {', '.join(media.RESAMPLING)}; "
@@ -156,11 +236,24 @@ class GenerationRequest:
             ("num_inference_steps", 1, 10_000, True),
             ("frame_rate", 0.1, 1000.0, False),
             ("image_crf", 0, 51, True),
+            ("max_batch_size", 1, 1000, True),
+            ("start_time", 0.0, math.inf, False),
+            ("end_time", 0.0, math.inf, False),
+            ("audio_start_time", 0.0, math.inf, False),
         ):
             value = getattr(self, name)
             if value is not None:
                 _check_number(name, value, low, high, integer=integer)
-        for name in ("cfg_scale", "stg_scale", "rescale_scale", "modality_scale"):
+        for name, choices in (
+            ("sampler", tuple(SAMPLERS)),
+            ("schedule", SCHEDULE_NAMES),
+            ("modality", MODALITIES),
+        ):
+            if getattr(self, name) is not None:
+                _check_choice(name, getattr(self, name), choices)
+        low, high = _as_interval(self.guidance_interval)
+        object.__setattr__(self, "guidance_interval", (low, high))
+        for name in ("cfg_scale", "stg_scale", "rescale_scale", "modality_scale", "skip_step"):
             value = getattr(self, name)
             if value is None:
                 continue
@@ -172,8 +265,17 @@ class GenerationRequest:
             object.__setattr__(self, name, pair)
         if self.stg_blocks is not None:
             object.__setattr__(self, "stg_blocks", tuple(self.stg_blocks))
-        images = tuple(_as_image_condition(image) for image in self.images)
-        object.__setattr__(self, "images", images)
+        for name, kind in LISTED_FILES.items():
+            files = tuple(_as_file(kind, name, value) for value in getattr(self, name))
+            object.__setattr__(self, name, files)
+        if self.distilled_lora is not None:
+            lora = _as_file(LoraFile, "distilled_lora", self.distilled_lora)
+            object.__setattr__(self, "distilled_lora", lora)
+        for name in ("source", "audio", "spatial_upsampler"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)))
+        if self.audio is not None and not self.generate_audio:
+            raise InputError("a sound to follow and a silent clip exclude each other; give one.")
 
     def resolved(self, profile: ModelProfile) -> "GenerationRequest":
         """Fills every None from the model and checks the request against it.
@@ -181,30 +283,77 @@ class GenerationRequest:
         Raises InputError for a size off the grid, an image outside the clip or unreadable, a block
         that the model does not have.
         """
+        known = {f.name for f in dataclasses.fields(profile)}
         defaults = {
             f.name: getattr(profile, f.name)
             for f in dataclasses.fields(self)
-            if getattr(self, f.name) is None
+            if f.name in known and getattr(self, f.name) is None
         }
         full = dataclasses.replace(self, **defaults)
-        if full.generate_audio and not profile.has_audio:
+        if not profile.has_audio:
+            if full.audio is not None:
+                raise InputError(f"{full.audio}: this model has no sound, so it cannot follow one.")
             full = dataclasses.replace(full, generate_audio=False)
         full.shape.latent(channels=1, scale=profile.scale)
         for block in full.stg_blocks or ():
             _check_number("stg_blocks", block, 0, profile.num_layers - 1, integer=True)
-        for image in full.images:
-            last = full.shape.num_frames - 1
+        if full.schedule == "distilled" and full.num_inference_steps != DISTILLED_STEPS:
+            raise InputError(
+                f"the distilled schedule has {DISTILLED_STEPS} steps; got "
+                f"{full.num_inference_steps}, try {DISTILLED_STEPS}, or --schedule shifted."
+            )
+        full._check_files()
+        return full
+
+    def _check_files(self) -> None:
+        """Images are read whole; of videos and sounds only the headers, whatever their length."""
+        last = self.shape.num_frames - 1
+        shown = [*self.images, *self.keyframes]
+        for image in shown:
             if image.frame > last:
                 raise InputError(
                     f"{image.path}: frame {image.frame} is outside the clip of "
-                    f"{full.num_frames} frames; the last is {last}."
+                    f"{self.num_frames} frames; the last is {last}."
                 )
             media.read_image(image.path)
-        frames = [image.frame for image in full.images]
+        frames = [image.frame for image in shown]
         repeated = next((frame for frame in frames if frames.count(frame) > 1), None)
         if repeated is not None:
             raise InputError(f"two images are given for frame {repeated}; keep one.")
-        return full
+        for path in (self.source, *(control.path for control in self.controls)):
+            if path is not None and media.probe(path).width is None:
+                raise InputError(f"{path}: no picture in this file.")
+        if self.audio is not None:
+            info = media.probe(self.audio)
+            if info.audio_codec is None:
+                raise InputError(f"{self.audio}: no sound track in this file.")
+            if self.audio_start_time >= info.duration_s:
+                raise InputError(
+                    f"audio_start_time {self.audio_start_time:g} s is after the end of "
+                    f"{self.audio}, which lasts {info.duration_s:.2f} s; try 0."
+                )
+
+    @property
+    def text(self) -> str:
+        """What the text encoder reads: the prompt and, after it, how the clip sounds."""
+        return " ".join(part.strip() for part in (self.prompt, self.audio_prompt or "")).strip()
+
+    @property
+    def input_files(self) -> list[Path]:
+        """Every file besides the model that decides the clip, each once."""
+        files = [
+            *(image.path for image in (*self.images, *self.keyframes)),
+            *(control.path for control in self.controls),
+            *(lora.path for lora in self.loras),
+            *([self.distilled_lora.path] if self.distilled_lora else []),
+            *(path for path in (self.source, self.audio, self.spatial_upsampler) if path),
+        ]
+        return list(dict.fromkeys(files))
+
+    def at_half_size(self) -> "GenerationRequest":
+        """The first stage's picture; for a resolved request."""
+        shape = self.shape
+        return dataclasses.replace(self, height=shape.height // 2, width=shape.width // 2)
 
     @property
     def shape(self) -> VideoShape:
@@ -215,16 +364,7 @@ class GenerationRequest:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for recipes and HTTP; `from_dict` is the inverse."""
-        plain = dataclasses.asdict(self)
-        for name, value in plain.items():
-            if isinstance(value, PerModality):
-                plain[name] = value._asdict()
-        plain["images"] = [
-            {"path": str(image.path), "frame": image.frame, "strength": image.strength}
-            for image in self.images
-        ]
-        plain["stg_blocks"] = list(self.stg_blocks) if self.stg_blocks is not None else None
-        return plain
+        return {f.name: _to_plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "GenerationRequest":
@@ -240,34 +380,85 @@ class GenerationRequest:
         return cls(**{name: _from_plain(name, value) for name, value in values.items()})
 
 
-def _from_plain(name: str, value: Any) -> Any:
-    if value is None:
-        return None
-    if name.endswith("_scale") and isinstance(value, Mapping):
-        return PerModality(**value)
-    if name.endswith("_scale") and isinstance(value, int | float):
-        return PerModality(value, value)
-    if name == "stg_blocks":
-        return tuple(value)
-    if name == "images":
-        return tuple(_as_image_condition(image) for image in value)
+LISTED_FILES = {
+    "images": ImageCondition,
+    "keyframes": ImageCondition,
+    "controls": ControlCondition,
+    "loras": LoraFile,
+}
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, PerModality):
+        return value._asdict()
+    if isinstance(value, tuple):
+        return [_to_plain(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        return {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     return value
 
 
-def _as_image_condition(image: Any) -> ImageCondition:
-    if isinstance(image, ImageCondition):
-        return image
+def _from_plain(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    if name.endswith("_scale") or name == "skip_step":
+        if isinstance(value, Mapping):
+            return PerModality(**value)
+        if isinstance(value, int | float):
+            return PerModality(value, value)
+    if name in LISTED_FILES or name in ("stg_blocks", "guidance_interval"):
+        if not isinstance(value, tuple | list):
+            raise InputError(f"{name} is a list; got {value!r}.")
+        return tuple(value)
+    return value
+
+
+def _as_file(kind: type[F], name: str, value: Any) -> F:
+    """A file with its numbers, from itself, a path, a list or an object of plain values."""
+    if isinstance(value, kind):
+        return value
     try:
-        if isinstance(image, Mapping):
-            return ImageCondition(**image)
-        if isinstance(image, tuple | list):
-            return ImageCondition(*image)
-        return ImageCondition(Path(image))
+        if isinstance(value, Mapping):
+            return kind(**value)
+        values: list[Any] = list(value) if isinstance(value, tuple | list) else [Path(value)]
+        return kind(*values)
     except TypeError:
+        pass
+    names = ", ".join(f.name for f in dataclasses.fields(kind))
+    raise InputError(f"one of {name} is an object or a list of {names}; got {value!r}.")
+
+
+def _as_interval(value: Any) -> tuple[float, float]:
+    try:
+        low, high = (float(number) for number in value)
+    except (TypeError, ValueError):
+        raise InputError(f"guidance_interval is two sigmas; got {value!r}, try (0, 1).") from None
+    if not 0 <= low <= high <= 1:
         raise InputError(
-            f"an image is a path, or (path, frame, strength), or an object with those fields; "
-            f"got {image!r}."
-        ) from None
+            f"guidance_interval must rise within 0 and 1; got {low:g} to {high:g}, try 0 to 1."
+        )
+    return low, high
+
+
+def _split_numbers(text: str, at_most: int) -> tuple[Path, list[float]]:
+    """PATH[:NUMBER...]; a path may itself hold colons, so an existing file ends the search."""
+    path, numbers = text, []
+    while len(numbers) < at_most and not Path(path).exists():
+        head, colon, tail = path.rpartition(":")
+        if not colon or not _is_number(tail):
+            break
+        path, numbers = head, [float(tail), *numbers]
+    return Path(path), numbers
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, 1, cutoff=0.4)
+    hint = f", try {near[0]}" if near else ""
+    raise InputError(f"{name} must be one of {', '.join(choices)}; got {value}{hint}.")
 
 
 def _check_number(name: str, value: Any, low: float, high: float, *, integer: bool = False) -> None:

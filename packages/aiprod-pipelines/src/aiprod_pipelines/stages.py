@@ -4,32 +4,48 @@ Networks are borrowed from the ModelSet for the length of a stage. Latents and t
 model's device; random numbers come from one generator on the CPU, so a seed means the same there
 and on a GPU.
 
+A recipe reads: encode_prompts, initial_states, conditions, denoise, and for a second stage
+upsample, initial_states, conditions, refine.
+
 Letters: B batch (1 here), C channels, F latent frames, H W height and width, N tokens, S text
 tokens, D context width.
 """
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from aiprod_core.components import conditioning
-from aiprod_core.components.guiders import Guidance, GuidedDenoiser, GuidedModality, Model
-from aiprod_core.components.noisers import noisy_start
+from aiprod_core.components import conditioning, denoising, schedulers
+from aiprod_core.components.denoising import Sampler
+from aiprod_core.components.guiders import Guidance, GuidedModality, Model
 from aiprod_core.components.patchifiers import AudioGrid, VideoGrid
-from aiprod_core.components.samplers import euler
+from aiprod_core.components.samplers import SAMPLERS
+from aiprod_core.errors import InputError
+from aiprod_core.loader.lora import coverage, open_lora
+from aiprod_core.model.mel import log_mel
 from aiprod_core.model.transformer import Perturbations, Transformer
-from aiprod_core.tiling import decode_chunks, default_tiling
-from aiprod_core.types import AV, LatentState, Modality
-from aiprod_pipelines import media
+from aiprod_core.model.upsampler import upsample_latent
+from aiprod_core.tiling import decode_chunks, default_tiling, encode_tiled
+from aiprod_core.types import AV, LatentState, Modality, ScaleFactors, VideoShape
+from aiprod_pipelines import media, recipe
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
-from aiprod_pipelines.request import GenerationRequest
+from aiprod_pipelines.request import GenerationRequest, ImageCondition, LoraFile
+from aiprod_pipelines.tiles import choose_tiling, free_memory
 
 FRAMES_AT_ONCE = 16  # converted to bytes and handed to the video encoder together
+# Samplers that draw noise have generators of their own, so that a seed's first noise is the same
+# with every sampler.
+SAMPLER_SEED_OFFSET = 10_000
 
 
 class Context(NamedTuple):
@@ -49,16 +65,29 @@ class ImageLatent(NamedTuple):
 
 @dataclass(frozen=True)
 class States:
-    """Both modalities before noise, with their grids. `audio` is None for a silent clip."""
+    """The modalities before noise, with their grids. One that is not made is None.
 
-    video: LatentState
-    video_grid: VideoGrid
-    audio: LatentState | None
-    audio_grid: AudioGrid | None
+    A frozen one is shown to the other as it is.
+    """
+
+    video: LatentState | None = None
+    video_grid: VideoGrid | None = None
+    audio: LatentState | None = None
+    audio_grid: AudioGrid | None = None
+    frozen: frozenset[str] = frozenset()
 
 
-def encode_prompts(models: ModelSet, prompts: list[str], progress: Progress) -> list[Context]:
-    """Text to contexts, one for each prompt, in one batch."""
+# Text, pictures and sound to what the model reads.
+
+
+def encode_prompts(
+    models: ModelSet, request: GenerationRequest, progress: Progress
+) -> list[Context]:
+    """The prompt's context and, where the request is guided by one, the negative prompt's."""
+    prompts = [request.text]
+    modalities = ("video", "audio") if request.generate_audio else ("video",)
+    if any(guidance_of(request, name).cfg_scale != 1 for name in modalities):
+        prompts.append(request.negative_prompt or "")
     with progress.stage("encode prompt"):
         with models.text_encoder() as encoder:
             hidden, mask = encoder.encode(prompts)
@@ -69,69 +98,208 @@ def encode_prompts(models: ModelSet, prompts: list[str], progress: Progress) -> 
 
 
 def encode_images(
-    models: ModelSet, request: GenerationRequest, progress: Progress
+    models: ModelSet,
+    request: GenerationRequest,
+    images: Sequence[ImageCondition],
+    progress: Progress,
 ) -> list[ImageLatent]:
     """Images to latents at the clip's size, after the H.264 round trip that the model expects."""
-    if not request.images:
+    if not images:
         return []
     height, width = request.shape.height, request.shape.width
     encoded = []
-    count = len(request.images)
-    with progress.stage("encode images", count) as advance, models.video_encoder() as encoder:
-        for image in request.images:
+    with progress.stage("encode images", len(images)) as advance, models.video_encoder() as encoder:
+        for image in images:
             frame = media.compress_frame(media.read_image(image.path), request.image_crf or 0)
             frame = media.prepare_frame(frame, height, width)
-            pixels = (torch.tensor(frame).to(models.device) / 127.5 - 1).to(models.dtype)
-            latent = encoder(rearrange(pixels, "h w c -> 1 c 1 h w"))
+            latent = encoder(_to_pixels(models, frame[None]))
             encoded.append(ImageLatent(latent.float(), image.frame, image.strength))
             advance(1)
     return encoded
 
 
-def initial_states(models: ModelSet, request: GenerationRequest) -> States:
-    """Everything to be generated, on the grids that the request and the model give."""
-    channels = models.transformer_config.in_channels
-    latent_shape = request.shape.latent(channels, models.profile.scale)
-    video_grid = VideoGrid(latent_shape, models.profile.scale, request.shape.fps)
-    video = conditioning.video_state(video_grid, device=models.device)
-    if not request.generate_audio:
-        return States(video, video_grid, None, None)
+def encode_frames(models: ModelSet, frames: media.Frames, progress: Progress) -> Tensor:
+    """A clip (frames, height, width, 3) of uint8 to its latent (1, C, F, H, W), in tiles."""
+    tiling = default_tiling(frames.shape[1], frames.shape[2], models.profile.scale)
+    with progress.stage("encode video"), models.video_encoder() as encoder:
+        return encode_tiled(encoder, _to_pixels(models, frames), tiling).float()
+
+
+def encode_audio(
+    models: ModelSet, audio: media.Audio, num_latent_frames: int, progress: Progress
+) -> Tensor:
+    """A sound to its latent (1, C, T, bins), cut or filled with silence to T."""
     config = models.audio_config
-    audio_grid = AudioGrid(
-        request.shape.audio_latent(
-            config.z_channels, config.latent_mel_bins, config.latents_per_second
-        ),
+    audio = media.resample(audio, config.sampling_rate, channels=2)
+    # The mel is centred and needs some more sound than the latent covers.
+    needed = round(num_latent_frames / config.latents_per_second * config.sampling_rate)
+    needed += config.n_fft
+    samples = torch.from_numpy(audio.samples[:, :needed])
+    samples = F.pad(samples, (0, needed - samples.shape[1]))[None].to(models.device)
+    with progress.stage("encode audio"), models.audio_encoder() as encoder:
+        latent = encoder(log_mel(samples, config).to(models.dtype))
+    return latent[:, :, :num_latent_frames].float()
+
+
+def encode_given_audio(
+    models: ModelSet, request: GenerationRequest, progress: Progress
+) -> Tensor | None:
+    """The latent of the sound that the clip is to follow, or None."""
+    if request.audio is None:
+        return None
+    duration_s = request.shape.duration_s
+    audio = media.read_span(request.audio, request.audio_start_time, duration_s)
+    return encode_audio(models, audio, audio_grid(models, request.shape).shape.frames, progress)
+
+
+def read_clip(path: Path, request: GenerationRequest, *, scale_time: int) -> media.Frames:
+    """A video or an image at the request's size and rate, no longer than the clip and on the grid.
+
+    Frames are the nearest in time; raises InputError when the file gives not one.
+    """
+    shape = request.shape
+    frames = [
+        media.prepare_frame(frame, shape.height, shape.width)
+        for frame in media.read_frames_at(path, shape.fps, shape.num_frames)
+    ]
+    num_frames = (len(frames) - 1) // scale_time * scale_time + 1
+    return np.stack(frames[:num_frames])
+
+
+def fitted_to_source(request: GenerationRequest, scale: ScaleFactors) -> GenerationRequest:
+    """With size, rate and length of the clip to edit where the request leaves them open.
+
+    They are brought down to the grid. A clip that AIPROD enlarged for viewing counts with its own
+    size. A clip without sound gives one without.
+    """
+    assert request.source is not None
+    info = media.probe(request.source)
+    if info.width is None or info.height is None or not info.fps:
+        raise InputError(f"{request.source}: no picture in this file.")
+    enlarged = _enlargement(info.metadata)
+    height, width = info.height // enlarged, info.width // enlarged
+    frame_rate = request.frame_rate or info.fps
+    num_frames = max(1, round((info.num_frames or 1) * frame_rate / info.fps))
+    return replace(
+        request,
+        height=request.height or max(scale.height, height // scale.height * scale.height),
+        width=request.width or max(scale.width, width // scale.width * scale.width),
+        frame_rate=frame_rate,
+        num_frames=request.num_frames or (num_frames - 1) // scale.time * scale.time + 1,
+        generate_audio=request.generate_audio and info.audio_codec is not None,
+    )
+
+
+def _enlargement(metadata: Mapping[str, str]) -> int:
+    try:
+        return int(json.loads(metadata.get(recipe.TAG, ""))["request"]["enlarge"])
+    except (ValueError, KeyError, TypeError):
+        return 1
+
+
+def encode_source(
+    models: ModelSet,
+    request: GenerationRequest,
+    progress: Progress,
+    *,
+    is_whole: bool = False,
+) -> AV:
+    """The clip to edit as latents, no longer than the request's clip.
+
+    With `is_whole`, the last frame stands for those that the file announced and does not have.
+    """
+    assert request.source is not None
+    frames = read_clip(request.source, request, scale_time=models.profile.scale.time)
+    if is_whole:
+        missing = request.shape.num_frames - len(frames)
+        frames = np.concatenate([frames, frames[-1:].repeat(missing, axis=0)])
+    video = encode_frames(models, frames, progress)
+    if not request.generate_audio:
+        return AV(video)
+    shape = request.shape._replace(num_frames=len(frames))
+    audio = media.read_span(request.source, 0.0, shape.duration_s)
+    return AV(video, encode_audio(models, audio, audio_grid(models, shape).shape.frames, progress))
+
+
+def _to_pixels(models: ModelSet, frames: media.Frames) -> Tensor:
+    """(frames, height, width, 3) of uint8 to (1, 3, frames, height, width) in [-1, 1]."""
+    pixels = torch.tensor(frames).to(models.device)  # a copy: frames may be read-only
+    return rearrange((pixels / 127.5 - 1).to(models.dtype), "f h w c -> 1 c f h w")
+
+
+# What is to be made, and what of it is given.
+
+
+def video_grid(models: ModelSet, shape: VideoShape) -> VideoGrid:
+    latent_shape = shape.latent(models.transformer_config.in_channels, models.profile.scale)
+    return VideoGrid(latent_shape, models.profile.scale, shape.fps)
+
+
+def audio_grid(models: ModelSet, shape: VideoShape) -> AudioGrid:
+    config = models.audio_config
+    return AudioGrid(
+        shape.audio_latent(config.z_channels, config.latent_mel_bins, config.latents_per_second),
         sample_rate=config.sampling_rate,
         hop_length=config.hop_length,
     )
-    audio = conditioning.audio_state(audio_grid, device=models.device)
-    return States(video, video_grid, audio, audio_grid)
 
 
-def apply_images(states: States, images: list[ImageLatent]) -> States:
+def initial_states(
+    models: ModelSet,
+    request: GenerationRequest,
+    start: AV | None = None,  # latents to start from or to edit
+    *,
+    given_audio: Tensor | None = None,  # kept as it is
+) -> States:
+    """Everything to be generated, on the grids that the request and the model give."""
+    start = start or AV()
+    grid = video_grid(models, request.shape)
+    video = conditioning.video_state(grid, start.video, device=models.device)
+    if not request.generate_audio:
+        return States(video, grid)
+    sound_grid = audio_grid(models, request.shape)
+    if given_audio is not None:
+        frozen = conditioning.freeze(
+            conditioning.audio_state(sound_grid, given_audio, device=models.device)
+        )
+        return States(video, grid, frozen, sound_grid, frozenset({"audio"}))
+    audio = conditioning.audio_state(sound_grid, start.audio, device=models.device)
+    return States(video, grid, audio, sound_grid)
+
+
+def add_images(states: States, images: Sequence[ImageLatent]) -> States:
     """The first frame's image takes the place of latent frame 0; others are shown as keyframes."""
-    video = states.video
+    video, grid = states.video, states.video_grid
+    assert video is not None and grid is not None
     for image in images:
         if image.frame == 0:
-            video = conditioning.replace_frames(
-                video, states.video_grid, image.latent, strength=image.strength
-            )
+            video = conditioning.replace_frames(video, grid, image.latent, strength=image.strength)
         else:
             video = conditioning.append_keyframe(
-                video,
-                states.video_grid,
-                image.latent,
-                frame=image.frame,
-                strength=image.strength,
+                video, grid, image.latent, frame=image.frame, strength=image.strength
             )
-    return States(video, states.video_grid, states.audio, states.audio_grid)
+    return replace(states, video=video)
+
+
+def add_keyframes(states: States, images: Sequence[ImageLatent]) -> States:
+    """Shows every image beside the clip at its time, that of frame 0 too."""
+    video, grid = states.video, states.video_grid
+    assert video is not None and grid is not None
+    for image in images:
+        video = conditioning.append_keyframe(
+            video, grid, image.latent, frame=image.frame, strength=image.strength
+        )
+    return replace(states, video=video)
+
+
+# Noise to clean latents.
 
 
 def guidance_of(request: GenerationRequest, modality: str) -> Guidance:
     """How a resolved request guides "video" or "audio"."""
     scales = {
         name: getattr(getattr(request, name), modality)
-        for name in ("cfg_scale", "stg_scale", "rescale_scale", "modality_scale")
+        for name in ("cfg_scale", "stg_scale", "rescale_scale", "modality_scale", "skip_step")
     }
     return Guidance(
         cfg_scale=scales["cfg_scale"],
@@ -139,42 +307,126 @@ def guidance_of(request: GenerationRequest, modality: str) -> Guidance:
         stg_blocks=request.stg_blocks or (),
         rescale=scales["rescale_scale"],
         modality_scale=scales["modality_scale"],
+        skip_step=int(scales["skip_step"]),
+        interval=request.guidance_interval,
     )
+
+
+def schedule_of(request: GenerationRequest, num_tokens: int = 4096) -> Tensor:
+    """The sigmas of a resolved request. Only the shifted schedule looks at the number of tokens."""
+    name, steps = request.schedule or "shifted", request.num_inference_steps or 1
+    if name == "distilled":
+        return schedulers.table(schedulers.DISTILLED)
+    if name == "shifted":
+        return schedulers.shifted(steps, num_tokens=num_tokens)
+    return schedulers.SCHEDULES[name](steps)
 
 
 def denoise(
     models: ModelSet,
+    request: GenerationRequest,
     states: States,
-    sigmas: Tensor,
-    contexts: list[Context],  # the prompt's and, where the run is guided by one, the negative's
-    guidance: Mapping[str, Guidance],  # by modality
+    contexts: list[Context],
     generator: torch.Generator,
     progress: Progress,
+    *,
+    sigmas: Tensor | None = None,  # default: the request's schedule
+    loras: Sequence[LoraFile] = (),
+    is_guided: bool = True,
+    sampler: str | None = None,  # default: the request's
+    stage: str = "denoise",
 ) -> AV:
     """Noise to clean latents: video (1, C, F, H, W), audio (1, C, T, bins) or None, in float32."""
-    positive, negative = contexts[0], contexts[1] if len(contexts) > 1 else None
-    video = GuidedModality(
-        states.video, positive.video, negative and negative.video, guidance["video"]
-    )
-    audio = None
-    if states.audio is not None:
-        audio = GuidedModality(
-            states.audio, positive.audio, negative and negative.audio, guidance["audio"]
+    sigmas = schedule_of(request) if sigmas is None else sigmas
+    guided = {
+        name: GuidedModality(
+            state,
+            getattr(contexts[0], name),
+            # A frozen modality has neither a negative text nor guidance of its own.
+            getattr(contexts[1], name) if len(contexts) > 1 and name not in states.frozen else None,
+            guidance_of(request, name) if is_guided and name not in states.frozen else Guidance(),
+            is_frozen=name in states.frozen,
         )
-    with progress.stage("denoise", len(sigmas) - 1) as advance, models.transformer() as transformer:
-        x = euler(
-            GuidedDenoiser(_computing_in(models.dtype, transformer), sigmas, video, audio),
-            noisy_start(states.video, states.audio, generator=generator),
+        for name, state in (("video", states.video), ("audio", states.audio))
+        if state is not None
+    }
+    adapters = [(open_lora(lora.path), lora.strength) for lora in loras]
+    with (
+        progress.stage(stage, len(sigmas) - 1) as advance,
+        models.transformer(adapters, audio_only=states.video is None) as transformer,
+    ):
+        for lora, strength in adapters:
+            progress.note(f"{lora.name}: {coverage(transformer, lora)} at strength {strength:g}")
+        x = denoising.denoise(
+            _computing_in(models.dtype, transformer),
             sigmas,
+            guided.get("video"),
+            guided.get("audio"),
+            sampler=sampler_of(sampler or request.sampler or "euler", request.seed),
             generator=generator,
-            blend=conditioning.keep_conditions(states.video, states.audio),
+            max_batch_size=request.max_batch_size,
             callback=lambda step, sigma, x, denoised: advance(1),
         )
-    assert x.video is not None
-    video_latent = states.video_grid.unpatchify(x.video)
-    if states.audio_grid is None or x.audio is None:
-        return AV(video_latent)
-    return AV(video_latent, states.audio_grid.unpatchify(x.audio))
+    return AV(
+        _latent(x.video, states.video, states.video_grid),
+        _latent(x.audio, states.audio, states.audio_grid),
+    )
+
+
+def upsample(models: ModelSet, request: GenerationRequest, latents: AV, progress: Progress) -> AV:
+    """The picture at twice the height and width, in latents; the sound as it is."""
+    assert latents.video is not None and request.spatial_upsampler is not None
+    with (
+        progress.stage("upsample"),
+        models.upsampler(request.spatial_upsampler) as upsampler,
+        models.video_encoder() as encoder,
+    ):
+        raw = latents.video.to(models.dtype)
+        return AV(
+            upsample_latent(upsampler, raw, encoder.per_channel_statistics).float(), latents.audio
+        )
+
+
+def refine(
+    models: ModelSet,
+    request: GenerationRequest,
+    states: States,
+    contexts: list[Context],
+    generator: torch.Generator,
+    progress: Progress,
+    *,
+    loras: Sequence[LoraFile] = (),
+    sampler: str = "euler",
+) -> AV:
+    """The second stage: a few steps from little noise over what `states` start from, unguided."""
+    return denoise(
+        models,
+        request,
+        states,
+        contexts[:1],
+        generator,
+        progress,
+        sigmas=schedulers.table(schedulers.STAGE_2),
+        loras=loras,
+        is_guided=False,
+        sampler=sampler,
+        stage="refine",
+    )
+
+
+def sampler_of(name: str, seed: int) -> Sampler:
+    """A sampler of SAMPLERS with its own generator."""
+    generator = torch.Generator().manual_seed(seed + SAMPLER_SEED_OFFSET)
+    return partial(SAMPLERS[name], generator=generator)
+
+
+def _latent(
+    tokens: Tensor | None, state: LatentState | None, grid: VideoGrid | AudioGrid | None
+) -> Tensor | None:
+    """The clip's own tokens as a latent; those that were to be kept are so bit for bit."""
+    if tokens is None or state is None or grid is None:
+        return None
+    return grid.unpatchify(torch.where(state.denoise_mask == 0, state.clean_latent, tokens))
 
 
 def _computing_in(dtype: torch.dtype, transformer: Transformer) -> Model:
@@ -196,16 +448,32 @@ def _computing_in(dtype: torch.dtype, transformer: Transformer) -> Model:
 
 
 @torch.inference_mode()
-def decode_video(models: ModelSet, latent: Tensor, progress: Progress) -> Iterator[Tensor]:
+def decode_video(
+    models: ModelSet,
+    latent: Tensor,
+    progress: Progress,
+    *,
+    tile: str = "auto",
+    is_streamed: bool = False,
+) -> Iterator[Tensor]:
     """Yields the clip as chunks (frames, height, width, 3) of uint8 on the CPU.
 
-    Long or large clips are decoded in overlapping tiles, so that memory holds one tile in time.
+    Long or large clips are decoded in overlapping tiles, so that memory holds one tile in time;
+    `tile` is "auto" (as the free memory allows), "off" or WxHxF.
     """
     scale = models.profile.scale
     num_frames = (latent.shape[2] - 1) * scale.time + 1
-    tiling = default_tiling(latent.shape[3] * scale.height, latent.shape[4] * scale.width, scale)
     generator = torch.Generator(models.device).manual_seed(0)  # for decoders that inject noise
     with progress.stage("decode video", num_frames) as advance, models.video_decoder() as decoder:
+        tiling = choose_tiling(
+            tile,
+            decoder.config,
+            scale,
+            (num_frames, latent.shape[3] * scale.height, latent.shape[4] * scale.width),
+            element_bytes=models.dtype.itemsize,
+            free_bytes=free_memory(models.device),
+            is_streamed=is_streamed,
+        )
         latent = latent.to(models.device, models.dtype)
         for pixels in decode_chunks(decoder, latent, tiling, generator=generator):
             for part in pixels[0].split(FRAMES_AT_ONCE, dim=1):

@@ -7,56 +7,37 @@ clip = pipeline("a red rubber ball bounces on a grey floor", seed=7)
 clip.save("clip.mp4")
 """
 
-from typing import Any
-
 import torch
 
-from aiprod_core.components import schedulers
 from aiprod_pipelines import stages
 from aiprod_pipelines.clip import Clip
-from aiprod_pipelines.components import ModelSet
+from aiprod_pipelines.flags import main
+from aiprod_pipelines.pipeline import Pipeline
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest
 
 
-class TI2VidOneStagePipeline:
-    """Guided Euler steps on the LTX-2 schedule. Keeps its model between calls."""
+class TI2VidOneStagePipeline(Pipeline):
+    """Guided steps on the LTX-2 schedule, by Euler unless the request says otherwise."""
 
     name = "one-stage"
 
-    def __init__(self, models: ModelSet) -> None:
-        self.models = models
-
-    @classmethod
-    def from_model(cls, model: str = "nano", **options: Any) -> "TI2VidOneStagePipeline":
-        """Opens a model by name, reading headers only; `options` are those of `ModelSet.open`."""
-        return cls(ModelSet.open(model, **options))
-
-    def __call__(self, prompt: str, *, progress: Progress | None = None, **settings: Any) -> Clip:
-        """Makes a clip; `settings` are the fields of GenerationRequest."""
-        return self.run(GenerationRequest(prompt=prompt, **settings), progress=progress)
-
     @torch.inference_mode()
     def run(self, request: GenerationRequest, *, progress: Progress | None = None) -> Clip:
-        """Makes the clip of a request. Raises InputError before any weight is read."""
         models, progress = self.models, progress or Progress()
-        request = request.resolved(models.profile)
-        modalities = ("video", "audio") if request.generate_audio else ("video",)
-        guidance = {name: stages.guidance_of(request, name) for name in modalities}
-        prompts = [request.prompt]
-        if any(of_one.cfg_scale != 1 for of_one in guidance.values()):
-            prompts.append(request.negative_prompt or "")
+        request = self.resolve(request)
+        generator = torch.Generator().manual_seed(request.seed)
+        contexts = stages.encode_prompts(models, request, progress)
 
-        contexts = stages.encode_prompts(models, prompts, progress)
-        images = stages.encode_images(models, request, progress)
-        states = stages.apply_images(stages.initial_states(models, request), images)
+        given_audio = stages.encode_given_audio(models, request, progress)
+        images = stages.encode_images(models, request, request.images, progress)
+        states = stages.initial_states(models, request, given_audio=given_audio)
+        states = stages.add_images(states, images)
         latents = stages.denoise(
-            models,
-            states,
-            schedulers.shifted(request.num_inference_steps or 1),
-            contexts,
-            guidance,
-            torch.Generator().manual_seed(request.seed),
-            progress,
+            models, request, states, contexts, generator, progress, loras=request.loras
         )
-        return Clip(self.name, models, request, latents, progress)
+        return self.clip(request, latents, progress)
+
+
+if __name__ == "__main__":
+    main(TI2VidOneStagePipeline)

@@ -130,6 +130,28 @@ def replace_frames(
     return replace(state, clean_latent=clean, denoise_mask=mask)
 
 
+def replace_sound(
+    state: LatentState,
+    grid: AudioGrid,
+    latent: Tensor,  # (B, C, t, bins)
+    *,
+    latent_index: int = 0,
+    strength: float = 1.0,
+) -> LatentState:
+    """Puts an encoded sound in the place of latent frames from `latent_index` on."""
+    tokens = grid.patchify(latent)
+    last_index = grid.num_tokens - tokens.shape[1]
+    if not 0 <= latent_index <= last_index:
+        raise InputError(
+            f"latent_index must be 0 to {last_index} for this sound; got {latent_index}"
+        )
+    rows = slice(latent_index, latent_index + tokens.shape[1])
+    clean, mask = state.clean_latent.clone(), state.denoise_mask.clone()
+    clean[:, rows] = tokens.to(clean)
+    mask[:, rows] = 1 - strength
+    return replace(state, clean_latent=clean, denoise_mask=mask)
+
+
 def inpaint(
     state: LatentState,
     grid: VideoGrid,
