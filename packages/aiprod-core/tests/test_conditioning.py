@@ -132,6 +132,19 @@ def test_a_retake_generates_what_overlaps_its_window() -> None:
         conditioning.regenerate_window(audio, 0.3, 0.3)
 
 
+def test_a_sound_is_kept_where_it_is_put_and_nowhere_else() -> None:
+    grid = AudioGrid(AudioLatentShape(1, 2, 10, 4))
+    state = conditioning.audio_state(grid)
+    sound = torch.randn(1, 2, 3, 4)
+    edited = conditioning.replace_sound(state, grid, sound, latent_index=2, strength=0.75)
+    assert torch.equal(edited.clean_latent[:, 2:5], grid.patchify(sound))
+    kept = torch.tensor([i in (2, 3, 4) for i in range(10)])
+    assert torch.equal(edited.denoise_mask[0, :, 0], torch.where(kept, 0.25, 1.0))
+    assert torch.equal(edited.latent, state.latent)
+    with pytest.raises(InputError, match="0 to 7 for this sound; got 8"):
+        conditioning.replace_sound(state, grid, sound, latent_index=8)
+
+
 def test_inpainting_keeps_the_clip_where_the_mask_says() -> None:
     clip, mask = torch.randn(GRID.shape), torch.zeros(1, 3, 2, 4)
     mask[:, 1:] = 1

@@ -301,3 +301,39 @@ def test_a_video_shot_upright_is_read_upright(tmp_path: Path):
     plain = next(iter(media.read_frames(tmp_path / "clip.mp4")))
     turned = next(iter(media.read_frames(tmp_path / "turned.mp4")))
     assert np.array_equal(turned, np.rot90(plain, -1))
+
+
+@pytest.mark.parametrize("fps", [6, 12, 24])
+def test_frames_at_another_rate_are_those_on_screen(fps: int, tmp_path: Path):
+    frames = np.stack([np.full((32, 32, 3), 20 * i, np.uint8) for i in range(12)])
+    media.write_video(tmp_path / "clip.mp4", [frames], 12)
+    read = list(media.read_frames_at(tmp_path / "clip.mp4", fps, 100))
+    assert len(read) == fps  # one second
+    levels = [float(frame.mean()) for frame in read]
+    assert np.allclose(levels, [20 * (i * 12 // fps) for i in range(fps)], atol=3)
+    assert len(list(media.read_frames_at(tmp_path / "clip.mp4", fps, 4))) == 4
+
+
+def test_an_image_is_a_clip_of_one_frame(tmp_path: Path):
+    picture = moving_pattern(1)[0]
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    (frame,) = media.read_frames_at(tmp_path / "a.png", 24, 9)
+    assert np.array_equal(frame, picture)
+
+
+@pytest.mark.parametrize("suffix", media.SOUND_SUFFIXES)
+def test_sound_alone_comes_back_from_every_format(suffix: str, tmp_path: Path):
+    path = tmp_path / f"click{suffix}"
+    media.write_audio(path, click_at(0.5, 1.0), metadata={"comment": "a recipe"})
+    read = media.read_span(path, 0.4, 1.0)  # 0.4 s more than there is
+    assert read.samples.shape == (2, 24000)
+    loud = np.flatnonzero(np.abs(read.samples[0]) > 0.3)
+    assert loud[0] / 24000 == pytest.approx(0.1, abs=0.005)
+    assert not read.samples[:, -9000:].any()
+    assert media.probe(path).metadata.get("comment") == "a recipe"
+
+
+def test_sound_is_not_written_under_a_name_of_another_kind(tmp_path: Path):
+    with pytest.raises(InputError, match=r"WAV or M4A or FLAC or MP4; try .*a\.wav"):
+        media.write_audio(tmp_path / "a.ogg", click_at(0.1, 0.5))
+    assert list(tmp_path.iterdir()) == []

@@ -1,60 +1,74 @@
 """Every recipe from request to clip with a tiny random model: what is kept, and from what."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from aiprod_core.components import noisers
 from aiprod_core.errors import CheckpointError, InputError
 from aiprod_core.loader.lora import open_lora
 from aiprod_pipelines import media, stages
 from aiprod_pipelines.catalog import PIPELINES, find_pipeline
+from aiprod_pipelines.cli import app
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.recipe import read_recipe
 from aiprod_pipelines.request import GenerationRequest
 
 PROMPT = "a red ball bounces"
-SMALL = {"height": 32, "width": 48, "num_frames": 9}
 
 
 def open_pipeline(name: str, folder: Path, file: str = "tiny-dev.safetensors"):
     return find_pipeline(name).from_model(str(folder / file), device="cpu")
 
 
-def inputs_of(name: str, picture: Path, source_clip: Path) -> dict:
+def flags_of(name: str, picture: Path, clip: Path) -> list[object]:
     return {
-        "keyframes": {"keyframes": [(picture, 0), (picture, 8, 0.5)]},
-        "ic-lora": {"controls": [("canny", source_clip)]},
-        "audio-to-video": {"audio": source_clip},
-        "retake": {"source": source_clip, "start_time": 0.5, "end_time": 0.8},
-        "extend": {"source": source_clip},
-    }.get(name, {})
+        "two-stages-hq": ["--steps", 2],
+        "keyframes": ["--keyframe", f"{picture}:0", "--keyframe", f"{picture}:8:0.5"],
+        "ic-lora": ["--control", f"canny={clip}"],
+        "audio-to-video": ["--audio", clip],
+        "retake": ["--source", clip, "--start-time", 0.5, "--end-time", 0.8],
+        "extend": ["--source", clip],
+    }.get(name, [])
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_every_pipeline_makes_a_clip_that_carries_its_recipe(
+def test_every_pipeline_runs_from_the_command_and_its_recipe_makes_the_clip_again(
     name: str, tiny_family: Path, picture: Path, source_clip: Path, tmp_path: Path
 ):
-    settings = inputs_of(name, picture, source_clip)
-    clip = open_pipeline(name, tiny_family)(PROMPT, seed=3, **settings)
-    path = clip.save(tmp_path / "clip.mp4")
-    recipe = read_recipe(path)
-    assert recipe["pipeline"] == name
-    assert recipe["inputs"].keys() == {str(path) for path in clip.request.input_files}
-    info = media.probe(path)
-    assert info.audio_codec == "aac"
-    if name == "text-to-audio":
-        assert info.width is None
-    else:
-        assert (info.width, info.height) == (clip.request.width, clip.request.height)
-        assert info.num_frames == clip.request.num_frames
+    path, model = tmp_path / "clip.mp4", tiny_family / "tiny-dev.safetensors"
+    arguments = [
+        "generate", PROMPT, "--pipeline", name, "-m", model, "-o", path, "--seed", 3,
+        "--device", "cpu", "--json", *flags_of(name, picture, source_clip),
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout.splitlines()[-1])
+    info, recipe = media.probe(path), read_recipe(path)
+    assert report["pipeline"] == recipe["pipeline"] == name
+    assert (info.width, info.height) == (report["width"], report["height"])
+    assert (info.num_frames or 0) == report["num_frames"]
+    assert info.audio_sample_rate == report["audio_sample_rate"] == 16000
     request = GenerationRequest.from_dict(recipe["request"])
+    assert recipe["inputs"].keys() == {str(path) for path in request.input_files}
     again = open_pipeline(name, tiny_family).run(request)
     assert again.recipe["latents_sha256"] == recipe["latents_sha256"]
+
+
+def test_the_list_explains_every_pipeline_that_there_is():
+    listed = json.loads(CliRunner().invoke(app, ["pipelines", "list", "--json"]).stdout)
+    assert [entry["name"] for entry in listed] == list(PIPELINES)
+    assert all(find_pipeline(entry["name"]).name == entry["name"] for entry in listed)
+    table = CliRunner().invoke(app, ["pipelines", "list"]).stdout
+    assert all(name in table for name in PIPELINES)
+    with pytest.raises(InputError, match="got retakes, try retake"):
+        find_pipeline("retakes")
 
 
 @pytest.fixture
@@ -80,7 +94,9 @@ def test_stage_2_starts_from_the_upsampled_latent(name, tiny_family, picture, st
         return upsampled[-1][1]
 
     monkeypatch.setattr(stages, "upsample", spy)
-    open_pipeline(name, tiny_family)(PROMPT, **inputs_of(name, picture, picture))
+    steps = 1 if name == "two-stages-hq" else None
+    keyframes = [(picture, 0), (picture, 8, 0.5)] if name == "keyframes" else []
+    open_pipeline(name, tiny_family)(PROMPT, keyframes=keyframes, num_inference_steps=steps)
     (_, _, scale_1), (video, audio, scale_2) = starts
     ((stage_1, latents),) = upsampled
     assert (scale_1, scale_2) == (pytest.approx(1.0), pytest.approx(0.909375))
@@ -95,7 +111,8 @@ def test_stage_2_starts_from_the_upsampled_latent(name, tiny_family, picture, st
     ("name", "keeps"), [("two-stages", True), ("two-stages-hq", True), ("distilled", False)]
 )
 def test_guided_pipelines_return_the_sound_of_stage_1(name, keeps, tiny_family, starts):
-    clip = open_pipeline(name, tiny_family)(PROMPT)
+    steps = None if name == "distilled" else 1
+    clip = open_pipeline(name, tiny_family)(PROMPT, num_inference_steps=steps)
     stage_1_sound = starts[1][1].latent
     sound = clip.latents.audio.transpose(1, 2).flatten(2)
     assert torch.equal(sound, stage_1_sound) == keeps
