@@ -91,7 +91,12 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
 
 
 def muon_and_adamw(
-    model: nn.Module, *, muon_lr: float, adamw_lr: float, weight_decay: float = 0.0
+    model: nn.Module,
+    *,
+    muon_lr: float,
+    adamw_lr: float,
+    weight_decay: float = 0.0,
+    iterations: int = 5,
 ) -> dict[str, Optimizer]:
     """Muon for hidden matrices, AdamW for vectors, tables, embeddings and first and last layers.
 
@@ -119,7 +124,7 @@ def muon_and_adamw(
         )
         (matrices if is_hidden_matrix else others).append(parameter)
     return {
-        "muon": Muon(matrices, lr=muon_lr, weight_decay=weight_decay),
+        "muon": Muon(matrices, lr=muon_lr, weight_decay=weight_decay, iterations=iterations),
         "adamw": AdamW(others, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
     }
 

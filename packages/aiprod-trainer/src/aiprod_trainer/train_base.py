@@ -108,6 +108,7 @@ def train(config: BaseTrainingConfig, folder: Path) -> TextToClip:
         muon_lr=config.muon_lr,
         adamw_lr=config.adamw_lr,
         weight_decay=config.weight_decay,
+        iterations=3,  # five take as long as the gradient itself on a CPU
     )
     run = Run(
         folder,
