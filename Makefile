@@ -15,7 +15,7 @@ demo: $(VENV)/run.stamp ## make a clip with sound from a sentence, with the buil
 		--model nano --seed 7 --enlarge 8 -o outputs/demo.mp4
 
 test: $(VENV)/test.stamp ## run every default test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/test.stamp ## check style and types
 	$(BIN)/ruff check .
