@@ -35,6 +35,15 @@ def test_silence_sits_on_the_floor_with_a_finite_gradient():
     assert waveform.grad is not None and waveform.grad.isfinite().all()
 
 
+def test_tables_first_made_for_inference_serve_training():
+    config = AudioVAEConfig(sampling_rate=8000)  # tables that no other test has made
+    with torch.inference_mode():
+        log_mel(torch.zeros(1, 2, 2000), config)
+    waveform = torch.randn(1, 2, 2000, requires_grad=True)
+    log_mel(waveform, config).sum().backward()
+    assert waveform.grad is not None
+
+
 def test_channels_and_samples_of_a_batch_do_not_mix():
     waveform = torch.randn(2, 2, 3000)
     mel = log_mel(waveform, AudioVAEConfig())

@@ -210,12 +210,14 @@ def test_an_interrupted_run_exits_with_130_and_leaves_nothing(
             "--device", "cpu", "--steps", "10000",
         ],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        # Shells start background jobs with Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stderr is not None
     process.stderr.readline()  # "encode prompt: ...": the run is under way
     time.sleep(0.3)
     process.send_signal(number)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=240)
     assert process.returncode == 130, error
     assert "interrupted" in error
     assert list(tmp_path.iterdir()) == []

@@ -1,11 +1,10 @@
-"""The model that ships, judged by the world it was trained on."""
+"""The model that ships follows words in picture and sound; how well is on the scoreboard."""
 
 import numpy as np
 import pytest
 import torch
 
 from aiprod_pipelines.ti2vid_one_stage import TI2VidOneStagePipeline
-from aiprod_trainer.world.judge import judge
 
 
 @pytest.fixture(scope="module")
@@ -13,28 +12,23 @@ def pipeline() -> TI2VidOneStagePipeline:
     return TI2VidOneStagePipeline.from_model("nano")
 
 
-def verdict(pipeline: TI2VidOneStagePipeline, prompt: str, seed: int):
-    clip = pipeline(prompt, seed=seed)
-    frames = np.asarray(torch.cat(list(clip.frames())))
-    assert clip.audio is not None
-    return judge(frames, clip.audio.samples, clip.audio.sample_rate, clip.request.shape.fps)
-
-
-@pytest.mark.parametrize("colour", ["red", "blue", "yellow"])
-def test_the_object_has_the_colour_that_the_prompt_names(pipeline, colour):
-    verdicts = [
-        verdict(pipeline, f"A large {colour} ball bounces on the floor.", seed) for seed in (1, 2)
-    ]
-    assert any(v.colour == colour for v in verdicts)
-
-
-def test_left_and_right_are_told_apart(pipeline):
-    def drift(words: str) -> float:
-        clip = pipeline(f"A large red ball rolls {words}.", seed=3)
+def test_red_and_blue_follow_the_prompt(pipeline: TI2VidOneStagePipeline):
+    def redness(colour: str) -> float:
+        clip = pipeline(f"A large {colour} ball on a grey floor.", seed=1, generate_audio=False)
         frames = torch.cat(list(clip.frames())).float()
-        redness = (frames[..., 0] - frames[..., 1:].amax(-1)).clamp(min=60) - 60
-        columns = torch.arange(redness.shape[2])
-        centre = (redness * columns).sum((1, 2)) / redness.sum((1, 2)).clamp(min=1)
-        return float(centre[-3:].mean() - centre[:3].mean())
+        return float((frames[..., 0] - frames[..., 2]).mean())
 
-    assert drift("from left to right") > 0 > drift("from right to left")
+    assert redness("red") > redness("blue") + 5
+
+
+def test_rolling_sounds_all_along_and_bouncing_at_moments(pipeline: TI2VidOneStagePipeline):
+    def share_of_loud_moments(prompt: str) -> float:
+        clip = pipeline(prompt, seed=7)
+        assert clip.audio is not None
+        loudness = np.abs(clip.audio.samples).max(axis=0)[:32000].reshape(100, -1).max(axis=1)
+        assert loudness.max() > 0.02
+        return float((loudness > 0.3 * loudness.max()).mean())
+
+    rolling = share_of_loud_moments("a large blue ball rolls to the right, with a rumbling noise")
+    bouncing = share_of_loud_moments("a red rubber ball bounces, with a thud at each bounce")
+    assert rolling > 2 * bouncing

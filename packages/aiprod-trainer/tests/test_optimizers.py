@@ -57,7 +57,7 @@ def test_a_convolution_learns_a_known_kernel():
 
 def test_every_trainable_parameter_has_exactly_one_optimizer():
     model = nn.ModuleDict(
-        {"conv_in": nn.Conv3d(3, 32, 3), "hidden": nn.Linear(32, 64), "huge": nn.Linear(300, 400)}
+        {"conv_in": nn.Conv3d(3, 32, 3), "hidden": nn.Linear(32, 64), "huge": nn.Linear(400, 500)}
     )
     optimizers = muon_and_adamw(model, muon_lr=1.0, adamw_lr=1.0)
     groups = {

@@ -3,8 +3,8 @@
     python -m aiprod_trainer.train_video_codec configs/nano/video_codec.yaml --out runs/video_codec
 
 Clips are rendered as the training asks for them. The loss is the mean squared error, heavier on
-and around the object (a 64-pixel clip is mostly background), plus a trace of a KL term. Killed and started
-again, it goes on from its last checkpoint with the same numbers.
+and around the object (a 64-pixel clip is mostly background), plus a trace of a KL term. Killed and
+started again, it goes on from its last checkpoint with the same numbers.
 """
 
 import argparse

@@ -79,7 +79,7 @@ def mel_filterbank(sampling_rate: int, n_fft: int, num_mels: int) -> Tensor:
     They reach from 0 Hz to half the sampling rate. Slaney, Auditory Toolbox, 1998. On the CPU,
     float32; shared between callers, so do not write to it.
     """
-    with torch.device("cpu"):
+    with torch.device("cpu"), torch.inference_mode(False):  # kept, and used in training too
         frequencies = torch.linspace(0, sampling_rate / 2, n_fft // 2 + 1, dtype=torch.float64)
         top = _hz_to_mel(sampling_rate / 2)
         edges = _mel_to_hz(torch.linspace(0, top, num_mels + 2, dtype=torch.float64))
@@ -106,7 +106,7 @@ def _mel_to_hz(mel: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _polyphase_kernels(step: int, phases: int) -> Tensor:
     zero_crossings, rolloff = 6, 0.99
-    with torch.device("cpu"):
+    with torch.device("cpu"), torch.inference_mode(False):  # kept, and used in training too
         cutoff = min(step, phases) * rolloff
         width = math.ceil(zero_crossings * step / cutoff)
         taps = torch.arange(-width, width + step, dtype=torch.float64) / step

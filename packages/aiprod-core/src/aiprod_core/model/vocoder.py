@@ -438,7 +438,7 @@ def kaiser_sinc() -> Tensor:
     Cutoff 0.25 of the rate, transition half-width 0.3; beta by Kaiser's formula.
     """
     taps, cutoff, half_width = 12, 0.25, 0.3
-    with torch.device("cpu"):
+    with torch.device("cpu"), torch.inference_mode(False):  # kept, and used in training too
         attenuation = 2.285 * (taps // 2 - 1) * math.pi * 4 * half_width + 7.95
         beta = 0.1102 * (attenuation - 8.7)  # the branch for more than 50 dB, here 51
         window = torch.kaiser_window(taps, periodic=False, beta=beta, dtype=torch.float64)
