@@ -11,6 +11,7 @@ help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 demo: $(VENV)/run.stamp ## make a clip with sound from a sentence, with the built-in nano model
+	mkdir -p outputs
 	$(BIN)/aiprod generate "a red rubber ball bounces on the floor, with a thud at each bounce" \
 		--model nano --seed 1 --cfg-scale 5 --enlarge 8 -o outputs/demo.mp4
 
