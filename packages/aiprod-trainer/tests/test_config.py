@@ -3,7 +3,7 @@
 import pytest
 
 from aiprod_core.errors import InputError
-from aiprod_trainer.config import Section, read_config
+from aiprod_trainer.config import Section, read_config, run_script
 
 
 class Inner(Section):
@@ -49,3 +49,21 @@ def test_broken_yaml_is_one_sentence(tmp_path, text):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(InputError, match="no such configuration file"):
         read_config(tmp_path / "absent.yaml", Outer)
+
+
+def test_a_script_exits_with_2_and_one_sentence(tmp_path, monkeypatch, capsys):
+    config = write(tmp_path, "stepz: 3")
+    monkeypatch.setattr("sys.argv", ["train", str(config), "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stopped:
+        run_script("Trains.", Outer, lambda config, folder: folder.mkdir())
+    assert stopped.value.code == 2
+    assert "did you mean steps?" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_script_hands_its_configuration_and_folder_to_the_training(tmp_path, monkeypatch):
+    config = write(tmp_path, "steps: 3")
+    seen = []
+    monkeypatch.setattr("sys.argv", ["train", str(config), "--out", "run", "--set", "steps=4"])
+    run_script("Trains.", Outer, lambda config, folder: seen.append((config.steps, folder.name)))
+    assert seen == [(4, "run")]

@@ -1,6 +1,9 @@
 """Training configurations: YAML read into pydantic models, unknown keys refused by name."""
 
+import argparse
 import difflib
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +20,23 @@ class Section(BaseModel):
 
 
 C = TypeVar("C", bound=Section)
+
+
+def run_script(doc: str | None, schema: type[C], train: Callable[[C, Path], object]) -> None:
+    """What every training script does: CONFIG --out FOLDER [--set KEY=VALUE ...], then `train`.
+
+    A mistake in the configuration is one sentence and exit code 2. `doc` is the script's docstring.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting")
+    arguments = parser.parse_args()
+    try:
+        train(read_config(arguments.config, schema, arguments.set), arguments.out)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def read_config(path: Path, schema: type[C], overrides: list[str] | None = None) -> C:

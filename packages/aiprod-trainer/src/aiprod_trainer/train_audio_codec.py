@@ -7,8 +7,6 @@ absolute error of the log-mel, the same for its differences in time (onsets are 
 and a small KL term.
 """
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aiprod_core.errors import InputError
 from aiprod_core.model.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
 from aiprod_core.model.mel import log_mel
-from aiprod_trainer.config import Section, read_config
+from aiprod_trainer.config import Section, run_script
 from aiprod_trainer.optimizers import muon_and_adamw, set_learning_rate, warmup_then_linear_decay
 from aiprod_trainer.run import Run, averaged_copy, update_average
 from aiprod_trainer.world.scene import sample_scene
@@ -52,21 +49,6 @@ class AudioVAE(nn.Module):
         self.config = config
         self.encoder = AudioEncoder(config)
         self.decoder = AudioDecoder(config)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting")
-    arguments = parser.parse_args(argv)
-    try:
-        config = read_config(arguments.config, AudioCodecConfig, arguments.set)
-        train(config, arguments.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def train(config: AudioCodecConfig, folder: Path) -> AudioVAE:
@@ -126,4 +108,4 @@ def mel_clips(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(__doc__, AudioCodecConfig, train)

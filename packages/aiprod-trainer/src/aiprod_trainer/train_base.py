@@ -9,8 +9,6 @@ One process a core is twice as fast as two threads on networks this small:
 The processes average their gradients; the checkpoint does not depend on who wrote it.
 """
 
-import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,14 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from aiprod_core.components.patchifiers import AudioGrid, VideoGrid
-from aiprod_core.errors import InputError
 from aiprod_core.loader.checkpoint import open_checkpoint
 from aiprod_core.loader.networks import load_text_encoder
 from aiprod_core.model.text_connector import TextConfig, TextProjector
 from aiprod_core.model.transformer import Transformer, TransformerConfig, init_weights
 from aiprod_core.model.video_vae import VideoVAEConfig
 from aiprod_core.types import AudioLatentShape, ScaleFactors, VideoLatentShape
-from aiprod_trainer.config import Section, read_config
+from aiprod_trainer.config import Section, run_script
 from aiprod_trainer.data import Batch, LatentDataset
 from aiprod_trainer.distributed import average_gradients, join
 from aiprod_trainer.objective import noise_tokens, pair_sigmas, velocity_loss
@@ -71,20 +68,6 @@ class TextToClip(nn.Module):
         super().__init__()
         self.transformer = transformer
         self.projector = projector
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting")
-    arguments = parser.parse_args(argv)
-    try:
-        train(read_config(arguments.config, BaseTrainingConfig, arguments.set), arguments.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def train(config: BaseTrainingConfig, folder: Path) -> TextToClip:
@@ -228,4 +211,4 @@ def validate(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(__doc__, BaseTrainingConfig, train)

@@ -7,8 +7,6 @@ and around the object (a 64-pixel clip is mostly background), plus a trace of a 
 started again, it goes on from its last checkpoint with the same numbers.
 """
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aiprod_core.errors import InputError
 from aiprod_core.model.video_vae import VideoDecoder, VideoEncoder, VideoVAEConfig
-from aiprod_trainer.config import Section, read_config
+from aiprod_trainer.config import Section, run_script
 from aiprod_trainer.distributed import average_gradients, join
 from aiprod_trainer.optimizers import muon_and_adamw, set_learning_rate, warmup_then_linear_decay
 from aiprod_trainer.run import Run, averaged_copy, update_average
@@ -55,21 +52,6 @@ class VideoVAE(nn.Module):
         super().__init__()
         self.encoder = VideoEncoder(config)
         self.decoder = VideoDecoder(config)
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting")
-    arguments = parser.parse_args(argv)
-    try:
-        config = read_config(arguments.config, VideoCodecConfig, arguments.set)
-        train(config, arguments.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def train(config: VideoCodecConfig, folder: Path) -> VideoVAE:
@@ -171,4 +153,4 @@ def initialise(vae: nn.Module) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(__doc__, VideoCodecConfig, train)

@@ -7,8 +7,6 @@ al., 2020) and the log-mel itself. A quiet vocoder is the usual failure of such 
 log-mel term, which sees energy and not phase, is what holds the level.
 """
 
-import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aiprod_core.errors import InputError
 from aiprod_core.model.audio_vae import AudioVAEConfig
 from aiprod_core.model.mel import log_mel
 from aiprod_core.model.vocoder import Vocoder, VocoderConfig
-from aiprod_trainer.config import Section, read_config
+from aiprod_trainer.config import Section, run_script
 from aiprod_trainer.optimizers import muon_and_adamw, set_learning_rate, warmup_then_linear_decay
 from aiprod_trainer.run import Run, averaged_copy, update_average
 from aiprod_trainer.world.scene import sample_scene
@@ -44,21 +41,6 @@ class VocoderTrainingConfig(Section):
     seed: int = 0
     eval_every: int = 200
     save_every_s: float = 180.0
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--out", type=Path, required=True, help="the run's folder")
-    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="override a setting")
-    arguments = parser.parse_args(argv)
-    try:
-        config = read_config(arguments.config, VocoderTrainingConfig, arguments.set)
-        train(config, arguments.out)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def train(config: VocoderTrainingConfig, folder: Path) -> Vocoder:
@@ -161,4 +143,4 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(__doc__, VocoderTrainingConfig, train)
