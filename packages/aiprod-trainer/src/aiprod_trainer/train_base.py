@@ -79,7 +79,8 @@ def train(config: BaseTrainingConfig, folder: Path) -> TextToClip:
     text_encoder = load_text_encoder(codecs, config.text_encoder_path)
     with torch.no_grad():
         hidden, mask = text_encoder.encode([""])
-    data = LatentDataset(config.latents, hidden[0][mask[0].bool()], hidden.shape[1])
+    empty = {"hidden": hidden[0][mask[0].bool()]}
+    data = LatentDataset(config.latents, hidden.shape[1], empty)
     model = TextToClip(
         Transformer(TransformerConfig.from_metadata(config.transformer)),
         TextProjector(TextConfig.from_metadata(config.transformer, *hidden.shape[2:])),
@@ -108,7 +109,8 @@ def train(config: BaseTrainingConfig, folder: Path) -> TextToClip:
     local_batch = config.batch_size // world_size
     started = time.monotonic()
     for step in run.steps():
-        batch = data.draw(run.numpy_generator(step), local_batch, config.caption_dropout)
+        rng = run.numpy_generator(step)
+        batch = data.draw(data.draw_bucket(rng), [rng] * local_batch, config.caption_dropout)
         set_learning_rate(
             optimizers.values(), warmup_then_linear_decay(step, config.steps, config.warmup_steps)
         )
@@ -149,7 +151,7 @@ def losses(
     noise level, the modulation is computed once a clip and not once a token.
     """
     sigmas = pair_sigmas(
-        len(batch.video),
+        len(batch),
         generator,
         shift=config.noise_shift,
         shifted_share=config.shifted_share,
@@ -170,9 +172,10 @@ def losses_at(
     scale: ScaleFactors,
 ) -> tuple[Tensor, Tensor]:
     """Video and audio velocity losses at the given noise levels (B,) of each modality."""
+    assert batch.video is not None and batch.audio is not None
     video_grid = VideoGrid(VideoLatentShape(*batch.video.shape), scale, fps)
     audio_grid = AudioGrid(AudioLatentShape(*batch.audio.shape))
-    video_context, audio_context, _ = model.projector(batch.hidden, batch.mask)
+    video_context, audio_context, _ = model.projector(batch.text["hidden"], batch.mask)
     given = None
     if has_first_frame:
         given = torch.zeros(len(batch.video), video_grid.num_tokens, 1)
@@ -202,8 +205,8 @@ def validate(
 ) -> dict[str, float]:
     """Losses on 64 held-out clips at four fixed noise levels, shared by both modalities."""
     assert config.held_out is not None
-    data = LatentDataset(config.held_out, training_data.empty_hidden, training_data.max_length)
-    batch = data.draw(np.random.default_rng(0), 64, caption_dropout=0.0)
+    data = LatentDataset(config.held_out, training_data.max_length)
+    batch = data.draw(data.buckets[0], [np.random.default_rng(0)] * 64, caption_dropout=0.0)
     generator = torch.Generator().manual_seed(0)
     sigma = torch.tensor([0.2, 0.5, 0.8, 0.95]).repeat(16)
     video, audio = losses_at(model, batch, (sigma, sigma), False, generator, config.fps, scale)  # type: ignore[arg-type]
