@@ -2,7 +2,8 @@
 
 torch and the pipelines are imported inside the commands, so that help is there at once.
 Exit codes: 0 done, 2 something the user can mend (one sentence on standard error), 130 interrupted,
-1 anything else. Other packages add command groups through the entry point group `aiprod.commands`.
+1 anything else. Other packages add commands through the entry point group `aiprod.commands`: a Typer
+app with a name becomes a group, one without adds its commands beside `generate`.
 """
 
 import functools
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
     # A terminated run must leave no half-written file either: unwind as for Ctrl-C.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     for entry in entry_points(group="aiprod.commands"):
-        app.add_typer(entry.load(), name=entry.name)
+        app.add_typer(entry.load())
     app(args=argv)
     sys.exit(0)
 
