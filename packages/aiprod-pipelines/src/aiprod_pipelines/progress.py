@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 Advance = Callable[[int], None]
 
@@ -29,6 +30,9 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Something worth knowing that stops nothing."""
+
+    def preview(self, latents: Callable[[], Any]) -> None:
+        """Offers the clip as it is estimated after a step, as `latents()`: an AV of latents."""
 
 
 class RichProgress(Progress):

@@ -355,6 +355,11 @@ def denoise(
         progress.stage(stage, len(sigmas) - 1) as advance,
         models.transformer(adapters, audio_only=states.video is None) as transformer,
     ):
+
+        def after_step(step: int, sigma: float, x: AV, denoised: AV) -> None:
+            advance(1)
+            progress.preview(lambda: _latents(denoised, states))
+
         for lora, strength in adapters:
             progress.note(f"{lora.name}: {coverage(transformer, lora)} at strength {strength:g}")
         x = denoising.denoise(
@@ -365,12 +370,9 @@ def denoise(
             sampler=sampler_of(sampler or request.sampler or "euler", request.seed),
             generator=generator,
             max_batch_size=request.max_batch_size,
-            callback=lambda step, sigma, x, denoised: advance(1),
+            callback=after_step,
         )
-    return AV(
-        _latent(x.video, states.video, states.video_grid),
-        _latent(x.audio, states.audio, states.audio_grid),
-    )
+    return _latents(x, states)
 
 
 def upsample(models: ModelSet, request: GenerationRequest, latents: AV, progress: Progress) -> AV:
@@ -418,6 +420,13 @@ def sampler_of(name: str, seed: int) -> Sampler:
     """A sampler of SAMPLERS with its own generator."""
     generator = torch.Generator().manual_seed(seed + SAMPLER_SEED_OFFSET)
     return partial(SAMPLERS[name], generator=generator)
+
+
+def _latents(x: AV, states: States) -> AV:
+    return AV(
+        _latent(x.video, states.video, states.video_grid),
+        _latent(x.audio, states.audio, states.audio_grid),
+    )
 
 
 def _latent(
