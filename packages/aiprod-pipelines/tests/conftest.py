@@ -164,14 +164,14 @@ def save_tiny_upsampler(path: Path, **changes: object) -> None:
 
 
 def save_tiny_lora(
-    path: Path, *, layer: str = "transformer_blocks.0.attn1.to_q", **metadata: str
+    path: Path, *, layer: str = "transformer_blocks.0.attn1.to_q", width: int = 24, **metadata: str
 ) -> None:
     """Rank 2, for one layer of the tiny transformer, which is 24 wide."""
     torch.manual_seed(2)
     name = f"diffusion_model.{layer}"
     tensors = {
-        f"{name}.lora_A.weight": torch.randn(2, 24),
-        f"{name}.lora_B.weight": torch.randn(24, 2),
+        f"{name}.lora_A.weight": torch.randn(2, width),
+        f"{name}.lora_B.weight": torch.randn(width, 2),
     }
     save_file(tensors, path, metadata={"format": "pt", **metadata})
 
@@ -187,6 +187,7 @@ def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_lora(
         folder / "tiny-ic-lora-canny-control.safetensors", reference_downscale_factor="2"
     )
+    save_tiny_lora(folder / "tiny-lora-camera-control-jib-up.safetensors")
     return folder
 
 

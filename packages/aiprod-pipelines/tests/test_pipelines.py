@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from aiprod_core.components import noisers
 from aiprod_core.errors import CheckpointError, InputError
 from aiprod_core.loader.lora import open_lora
-from aiprod_pipelines import media, stages
+from aiprod_pipelines import ic_lora, media, stages
 from aiprod_pipelines.catalog import PIPELINES, find_pipeline
 from aiprod_pipelines.cli import app
 from aiprod_pipelines.components import ModelSet
@@ -297,6 +298,10 @@ def test_the_sampler_the_schedule_and_the_interval_change_the_clip(tiny_family: 
         ("one-stage", {"loras": ["PICTURE"]}, "not a safetensors file"),
         ("one-stage", {"loras": ["absent.safetensors"]}, "absent.safetensors: no such file"),
         ("one-stage", {"loras": ["FOREIGN"]}, "it is for another model"),
+        ("one-stage", {"loras": ["WIDER"]}, r"\[2, 32\] .* do not fit .* is for another model"),
+        ("one-stage", {"camera": "jib"}, "camera must be one of .* try jib-up"),
+        ("one-stage", {"camera": "static"}, "tiny-lora-camera-control-static.*not in .*--lora"),
+        ("text-to-audio", {"camera": "static"}, "does not use --camera"),
         ("one-stage", {"loras": ["MODEL"]}, "a whole model, not a LoRA"),
         ("two-stages", {"spatial_upsampler": "WIDE"}, "latents of 16 channels"),
     ],
@@ -306,6 +311,7 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
     save_lora, save_upsampler,
 ):  # fmt: skip
     save_lora(tmp_path / "foreign.safetensors", layer="transformer_blocks.7.attn1.to_q")
+    save_lora(tmp_path / "wider.safetensors", width=32)
     save_upsampler(tmp_path / "wide.safetensors", in_channels=16)
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "broken.mp4").write_bytes(b"no video " * 100)
@@ -313,6 +319,7 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
         "PICTURE": picture, "SOURCE": source_clip, "EMPTY": tmp_path / "empty.mp4",
         "BROKEN": tmp_path / "broken.mp4", "FOREIGN": tmp_path / "foreign.safetensors",
         "MODEL": tiny_model, "WIDE": tmp_path / "wide.safetensors",
+        "WIDER": tmp_path / "wider.safetensors",
     }  # fmt: skip
 
     def named(value):
@@ -339,6 +346,35 @@ def test_a_lora_is_applied_at_its_strength(tiny_family: Path):
     assert torch.equal(none, pipeline(PROMPT).latents.video)
     assert not torch.equal(base, half) and not torch.equal(half, none)
     assert open_lora(lora).rank == 2
+
+
+def test_a_camera_is_its_lora_beside_the_model_once(tiny_family: Path):
+    pipeline = open_pipeline("one-stage", tiny_family)
+    clip = pipeline(PROMPT, camera="jib-up")
+    path = tiny_family / "tiny-lora-camera-control-jib-up.safetensors"
+    assert [lora.path for lora in clip.request.loras] == [path]
+    assert torch.equal(clip.latents.video, pipeline(PROMPT, loras=[path]).latents.video)
+    again = pipeline.run(clip.request)  # as a replay does
+    assert again.request == clip.request
+    assert torch.equal(again.latents.video, clip.latents.video)
+
+
+def test_a_ready_made_control_is_not_made_again(tiny_family, source_clip, tmp_path, monkeypatch):
+    made = []
+    original = ic_lora.make_control
+    monkeypatch.setattr(
+        ic_lora, "make_control", lambda *args: made.append(original(*args)) or made[-1]
+    )
+    pipeline = open_pipeline("ic-lora", tiny_family)
+    edges = pipeline(PROMPT, controls=[("canny", source_clip)])
+    assert len(made) == 1
+    Image.fromarray(made[0][0]).save(tmp_path / "edges.png")
+    ready = pipeline(PROMPT, controls=[("canny-made", tmp_path / "edges.png")])
+    assert len(made) == 1  # taken as it is
+    assert ready.request.loras == edges.request.loras
+    first = pipeline(PROMPT, controls=[("canny", source_clip)], num_frames=1)
+    ready = pipeline(PROMPT, controls=[("canny-made", tmp_path / "edges.png")], num_frames=1)
+    assert torch.equal(first.latents.video, ready.latents.video)
 
 
 def test_a_model_that_is_freed_between_stages_gives_the_same_clip(tiny_family: Path):

@@ -136,7 +136,7 @@ def generate(
         typer.Option(
             metavar="KIND=PATH[:STRENGTH]",
             help="A video or image to follow (pipeline ic-lora): canny, depth and pose are made "
-            "from it, detailer and reference show it as it is.",
+            "from it; canny-made, depth-made, pose-made, detailer and reference show it as it is.",
         ),
     ] = None,
     source: Annotated[
@@ -169,6 +169,13 @@ def generate(
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="PATH[:STRENGTH]", help="An adapter (default strength 1). Repeat."),
+    ] = None,
+    camera: Annotated[
+        str | None,
+        typer.Option(
+            help="dolly-in, dolly-out, dolly-left, dolly-right, jib-up, jib-down or static: the "
+            "camera LoRA beside the model."
+        ),
     ] = None,
     spatial_upsampler: Annotated[
         Path | None,
@@ -358,6 +365,7 @@ def generate(
         audio_prompt=audio_prompt,
         generate_audio=not no_audio,
         loras=tuple(LoraFile.parse(text) for text in lora or ()),
+        camera=camera,
         spatial_upsampler=spatial_upsampler,
         distilled_lora=LoraFile.parse(distilled_lora) if distilled_lora else None,
         skip_stage_2=skip_stage_2,

@@ -16,7 +16,7 @@ import torch
 
 from aiprod_core.errors import CheckpointError, InputError
 from aiprod_core.loader.checkpoint import Checkpoint, open_checkpoint
-from aiprod_core.loader.lora import Lora, coverage, open_lora
+from aiprod_core.loader.lora import Lora, check_shapes, coverage, open_lora
 from aiprod_core.model.transformer import Transformer, TransformerConfig
 from aiprod_core.model.upsampler import UpsamplerConfig
 from aiprod_pipelines.request import LoraFile
@@ -84,7 +84,8 @@ def distilled_lora(checkpoint: Checkpoint, given: LoraFile | None) -> LoraFile:
 
 
 def ic_lora(checkpoint: Checkpoint, kind: str) -> LoraFile:
-    """The published IC-LoRA of a kind of control."""
+    """The published IC-LoRA of a kind of control, whoever makes its signal."""
+    kind = kind.removesuffix("-made")
     suffix = {"detailer": "ic-lora-detailer"}.get(kind, f"ic-lora-{kind}-control")
     path = find_beside(checkpoint, suffix)
     if path is not None:
@@ -92,6 +93,18 @@ def ic_lora(checkpoint: Checkpoint, kind: str) -> LoraFile:
     raise InputError(
         f"control {kind} needs its IC-LoRA: {model_name(checkpoint)}-{suffix}.safetensors is not "
         f"in {checkpoint.paths[0].parent}; give it with --lora."
+    )
+
+
+def camera_lora(checkpoint: Checkpoint, camera: str) -> LoraFile:
+    """The published LoRA of a camera movement."""
+    suffix = f"lora-camera-control-{camera}"
+    path = find_beside(checkpoint, suffix)
+    if path is not None:
+        return LoraFile(path)
+    raise InputError(
+        f"camera {camera} needs its LoRA: {model_name(checkpoint)}-{suffix}.safetensors is not in "
+        f"{checkpoint.paths[0].parent}; put it there, or give another file with --lora."
     )
 
 
@@ -116,6 +129,7 @@ def check_lora(checkpoint: Checkpoint, file: LoraFile) -> Lora:
             f"{len(covered.matched) + len(covered.unmatched)} layers are not in "
             f"{checkpoint.name}, such as {covered.unmatched[0]}; it is for another model."
         )
+    check_shapes(transformer, lora)
     return lora
 
 

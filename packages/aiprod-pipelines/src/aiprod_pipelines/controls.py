@@ -133,7 +133,7 @@ def _pose_finder() -> Callable[[Frame], Any]:
     except ImportError:
         raise InputError(
             "control pose needs rtmlib or MediaPipe: pip install rtmlib onnxruntime, or give a "
-            "ready-made skeleton video as --control reference=PATH."
+            "ready-made skeleton video as --control pose-made=PATH."
         ) from None
     tracker = Pose(static_image_mode=False)
 

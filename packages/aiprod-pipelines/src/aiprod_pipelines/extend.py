@@ -29,7 +29,7 @@ class ExtendPipeline(Pipeline):
     """One stage on the source's size: guided, or in 8 steps with a distilled model."""
 
     name = "extend"
-    takes = frozenset[str]()
+    takes = frozenset({"camera"})
     needs = frozenset({"source"})
 
     @torch.inference_mode()

@@ -42,6 +42,9 @@ FLAGS = (
     Flag("--spatial-upsampler-path", "spatial_upsampler", Path, help="default: beside the model"),
     Flag("--distilled-lora", "distilled_lora", values="PATH [STRENGTH]", help="default: beside it"),
     Flag("--lora", "loras", values="PATH [STRENGTH]", repeats=True),
+    Flag(
+        "--camera", "camera", help="dolly-in, jib-up, ...; its LoRA lies beside it"
+    ),
     # Request.
     Flag("--prompt", "prompt"),
     Flag("--negative-prompt", "negative_prompt"),

@@ -25,16 +25,18 @@ from aiprod_pipelines.controls import make_control
 from aiprod_pipelines.flags import main
 from aiprod_pipelines.pipeline import Pipeline
 from aiprod_pipelines.progress import Progress
-from aiprod_pipelines.request import ControlCondition, GenerationRequest, ModelProfile
-
-MADE = ("canny", "depth", "pose")  # the other kinds show the file as it is
+from aiprod_pipelines.request import (
+    MADE_CONTROLS,
+    ControlCondition,
+    GenerationRequest,
+    ModelProfile,
+)
 
 
 class ICLoraPipeline(Pipeline):
     """Distilled, in two stages; the second knows neither the LoRA nor the references."""
 
     name = "ic-lora"
-    takes = frozenset({"images", "audio"})
     needs = frozenset({"controls"})
     has_stage_2 = True
     is_distilled = True
@@ -123,7 +125,7 @@ class ICLoraPipeline(Pipeline):
         frames = stages.read_clip(control.path, request, scale_time=time * temporal_scale)
         if len(frames) < request.shape.num_frames and len(frames) > 1:
             progress.note(f"{control.path}: steers the first {len(frames)} frames; it ends there")
-        if control.kind in MADE:
+        if control.kind in MADE_CONTROLS:
             with progress.stage(f"make {control.kind}"):
                 frames = make_control(control.kind, frames)
         if temporal_scale > 1:

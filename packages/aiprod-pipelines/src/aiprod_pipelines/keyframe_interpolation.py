@@ -24,7 +24,7 @@ class KeyframeInterpolationPipeline(Pipeline):
     """Two stages; `images` count as keyframes too. The sound is that of the second stage."""
 
     name = "keyframes"
-    takes = frozenset({"images", "audio", "keyframes"})
+    takes = frozenset({"images", "audio", "camera", "keyframes"})
     has_stage_2 = True
 
     @torch.inference_mode()

@@ -25,6 +25,7 @@ OPTIONAL_INPUTS = {
     "start_time": ("--start-time", "retake"),
     "end_time": ("--end-time", "retake"),
     "audio": ("--audio", "audio-to-video"),
+    "camera": ("--camera", "one-stage"),
 }
 
 
@@ -35,7 +36,7 @@ class Pipeline(ABC):
     """
 
     name: ClassVar[str]
-    takes: ClassVar[frozenset[str]] = frozenset({"images", "audio"})  # of OPTIONAL_INPUTS
+    takes: ClassVar[frozenset[str]] = frozenset({"images", "audio", "camera"})  # of OPTIONAL_INPUTS
     needs: ClassVar[frozenset[str]] = frozenset()  # those without which it makes no sense
     has_stage_2: ClassVar[bool] = False
     is_distilled: ClassVar[bool] = False  # the first stage too runs without guidance
@@ -98,6 +99,11 @@ class Pipeline(ABC):
             if not self.models.is_distilled:
                 lora = companions.distilled_lora(checkpoint, request.distilled_lora)
             request = replace(request, distilled_lora=lora)
+        if request.camera is not None:
+            found = companions.camera_lora(checkpoint, request.camera)
+            # A recipe's request has it already, perhaps from where the clip was made.
+            if found.path.name not in {lora.path.name for lora in request.loras}:
+                request = replace(request, loras=(*request.loras, found))
         for lora in (*request.loras, *self.distillation(request)):
             companions.check_lora(checkpoint, lora)
         return request

@@ -27,7 +27,14 @@ MAX_SEED = 2**63 - 1
 SCHEDULE_NAMES = (*SCHEDULES, "distilled")
 DISTILLED_STEPS = len(DISTILLED) - 1
 MODALITIES = ("video", "audio", "both")
-CONTROL_KINDS = ("canny", "depth", "pose", "detailer", "reference")
+MADE_CONTROLS = ("canny", "depth", "pose")  # signals that are made from ordinary footage
+CONTROL_KINDS = (
+    *MADE_CONTROLS,
+    *(f"{kind}-made" for kind in MADE_CONTROLS),  # the same signals, ready-made
+    "detailer",
+    "reference",
+)
+CAMERAS = ("dolly-in", "dolly-out", "dolly-left", "dolly-right", "jib-up", "jib-down", "static")
 
 # Ours; used when the model does not bring its own. It names defects, never subjects.
 DEFAULT_NEGATIVE_PROMPT = (
@@ -91,8 +98,8 @@ class ImageCondition:
 class ControlCondition:
     """A video or an image that an IC-LoRA follows.
 
-    canny, depth and pose are made from the file; detailer and reference show it as it is, so they
-    also take a control signal that is ready-made.
+    canny, depth and pose are made from the file; canny-made, depth-made and pose-made say that it
+    already is one. detailer and reference show the file as it is.
     """
 
     kind: str
@@ -204,6 +211,7 @@ class GenerationRequest:
     audio_prompt: str | None = None  # how it sounds; joined to the prompt
     generate_audio: bool = True
     loras: tuple[LoraFile, ...] = field(default=())
+    camera: str | None = None  # one of CAMERAS; its LoRA, found beside the model, joins `loras`
     spatial_upsampler: Path | None = None  # None = found beside the model
     distilled_lora: LoraFile | None = None  # None = found beside the model
     skip_stage_2: bool = False  # first stage only, at full size
@@ -248,6 +256,7 @@ class GenerationRequest:
             ("sampler", tuple(SAMPLERS)),
             ("schedule", SCHEDULE_NAMES),
             ("modality", MODALITIES),
+            ("camera", CAMERAS),
         ):
             if getattr(self, name) is not None:
                 _check_choice(name, getattr(self, name), choices)

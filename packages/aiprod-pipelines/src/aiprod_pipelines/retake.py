@@ -29,7 +29,7 @@ class RetakePipeline(Pipeline):
     """One stage on the source's size: guided, or in 8 steps with a distilled model."""
 
     name = "retake"
-    takes = frozenset({"start_time", "end_time"})
+    takes = frozenset({"start_time", "end_time", "camera"})
     needs = frozenset({"source"})
 
     @torch.inference_mode()

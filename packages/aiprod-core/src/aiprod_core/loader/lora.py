@@ -127,7 +127,7 @@ def fuse(
             continue
         changes, unmatched = _changes_of(module, lora)
         _check_coverage(lora, Coverage(tuple(changes), unmatched), allow_unmatched)
-        _check_shapes(lora, changes, linears)
+        check_shapes(module, lora)
         keys = (key for change in changes.values() for key in change.keys)
         active.append((changes, lora.checkpoint.read(keys), strength))
     fusion = Fusion(module)
@@ -157,6 +157,19 @@ def fuse(
     return fusion
 
 
+def check_shapes(module: nn.Module, lora: Lora) -> None:
+    """Raises CheckpointError when matrices do not fit their layer. Looks at headers alone, so the
+    module may be on the meta device."""
+    linears, infos = _linears(module), lora.checkpoint.tensors
+    for name, change in _changes_of(module, lora)[0].items():
+        if change.shape(infos) != tuple(linears[name].weight.shape):
+            shapes = " and ".join(str(list(infos[key].shape)) for key in change.keys)
+            raise CheckpointError(
+                f"{lora.checkpoint.paths[0]}: {shapes} do not fit {name}, which is "
+                f"{list(linears[name].weight.shape)}. The LoRA is for another model."
+            )
+
+
 def _check_coverage(lora: Lora, covered: Coverage, allow_unmatched: bool) -> None:
     if not covered.unmatched or (allow_unmatched and covered.matched):
         return
@@ -168,18 +181,6 @@ def _check_coverage(lora: Lora, covered: Coverage, allow_unmatched: bool) -> Non
         f"not in this model: {some}{rest}. The LoRA is for another model"
         + (", or allow unmatched layers." if covered.matched else ".")
     )
-
-
-def _check_shapes(lora: Lora, changes: dict[str, Change], linears: dict[str, Linear]) -> None:
-    """From headers alone, so that a misfit is found before any weight has changed."""
-    infos = lora.checkpoint.tensors
-    for name, change in changes.items():
-        if change.shape(infos) != tuple(linears[name].weight.shape):
-            shapes = " and ".join(str(list(infos[key].shape)) for key in change.keys)
-            raise CheckpointError(
-                f"{lora.checkpoint.paths[0]}: {shapes} do not fit {name}, which is "
-                f"{list(linears[name].weight.shape)}. The LoRA is for another model."
-            )
 
 
 def _changes_of(module: nn.Module, lora: Lora) -> tuple[dict[str, Change], tuple[str, ...]]:
