@@ -8,6 +8,7 @@ from aiprod_trainer.optimizers import (
     Muon,
     muon_and_adamw,
     orthogonalise,
+    rows_in_blocks,
     set_learning_rate,
     warmup_then_linear_decay,
 )
@@ -38,6 +39,18 @@ def test_the_update_size_does_not_depend_on_the_shape():
         assert parameter.square().mean().sqrt().item() == pytest.approx(0.02, rel=0.3)
 
 
+def test_a_wide_matrix_is_orthogonalised_in_blocks_of_rows():
+    assert rows_in_blocks(200, 5000) == 1
+    assert rows_in_blocks(768, 5184) == 4
+    assert rows_in_blocks(5184, 96) == 1  # its smaller side is within the limit
+    parameter = nn.Parameter(torch.zeros(1024, 300))
+    parameter.grad = torch.randn(1024, 300, generator=torch.Generator().manual_seed(0))
+    Muon([parameter], lr=1.0).step()
+    for block in parameter.detach().chunk(4):
+        values = torch.linalg.svdvals(block / (0.2 * 300**0.5))
+        assert 0.3 < values.min() and values.max() < 1.3
+
+
 def test_a_convolution_learns_a_known_kernel():
     torch.manual_seed(0)
     truth, model = nn.Conv2d(8, 16, 3), nn.Conv2d(8, 16, 3)
@@ -57,7 +70,7 @@ def test_a_convolution_learns_a_known_kernel():
 
 def test_every_trainable_parameter_has_exactly_one_optimizer():
     model = nn.ModuleDict(
-        {"conv_in": nn.Conv3d(3, 32, 3), "hidden": nn.Linear(32, 64), "huge": nn.Linear(400, 500)}
+        {"conv_in": nn.Conv3d(3, 32, 3), "hidden": nn.Linear(32, 64), "norm": nn.LayerNorm(64)}
     )
     optimizers = muon_and_adamw(model, muon_lr=1.0, adamw_lr=1.0)
     groups = {

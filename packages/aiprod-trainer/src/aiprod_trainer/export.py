@@ -161,22 +161,40 @@ def _measure_statistics(
         video_latents.append(video.encoder.moments(pixels)[0])
         mel = log_mel(torch.from_numpy(synthesise(scene))[None], audio.config)
         audio_latents.append(audio.encoder.moments(mel)[0])
+    latents = torch.cat(video_latents)
+    scales = channel_scales(video.decoder, latents[:8])
+    _set_statistics(video, latents.transpose(0, 1).flatten(1), scales)
     tokens = torch.cat(audio_latents).permute(0, 2, 1, 3).flatten(2)  # (B, T, z bins)
-    _set_statistics(video, torch.cat(video_latents).transpose(0, 1).flatten(1))
-    _set_statistics(audio, tokens.flatten(0, 1).T)
+    values = tokens.flatten(0, 1).T
+    # Channels that hardly vary are not blown up to unit deviation: they say nothing to the
+    # decoder that its training noise has not drowned.
+    deviation = values.std(dim=1)
+    _set_statistics(audio, values, (deviation / (0.5 * deviation.mean())).clamp_max(1))
 
 
-def _set_statistics(codec: nn.Module, values: Tensor) -> None:
-    """values (channels, samples).
+def channel_scales(decoder: nn.Module, latents: Tensor) -> Tensor:
+    """(channels,) deviations that the latents (B, channels, F, H, W) get for the transformer.
 
-    Channels that hardly vary are not blown up to unit deviation: they say nothing to the decoder
-    that its training noise has not drowned, and the transformer would spend itself on them.
+    The square root of what a channel changes in the picture when it is levelled to its mean,
+    mean square 1. Noise then hides what matters least first, so that a clip's layout is settled
+    before its details, and the transformer's error goes where it shows least.
     """
+    whole = decoder(latents)
+    change = []
+    for channel in range(latents.shape[1]):
+        levelled = latents.clone()
+        levelled[:, channel] = latents[:, channel].mean()
+        change.append((decoder(levelled) - whole).square().mean().sqrt())
+    scales = torch.stack(change).sqrt()
+    return (scales / scales.square().mean().sqrt()).clamp_min(0.2)
+
+
+def _set_statistics(codec: nn.Module, values: Tensor, scales: Tensor) -> None:
+    """Normalised values (channels, samples) will have mean 0 and deviations `scales`."""
     for half in (codec.encoder, codec.decoder):
         buffers = half.per_channel_statistics._buffers
         buffers["mean-of-means"] = values.mean(dim=1)
-        deviation = values.std(dim=1)
-        buffers["std-of-means"] = deviation.clamp_min(0.5 * float(deviation.mean()))
+        buffers["std-of-means"] = values.std(dim=1) / scales
 
 
 def _text_config(section: dict[str, Any], state: dict[str, Tensor]) -> TextConfig:

@@ -15,8 +15,9 @@ from torch.optim import AdamW, Optimizer
 # Coefficients of the quintic: they inflate small singular values fastest, and need not converge.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
-# Beyond this (smaller) side the iteration costs more than a small network's own step on a CPU.
-MUON_MAX_SIDE = 384
+# Beyond this (smaller) side the iteration costs more than a small network's own step on a CPU:
+# larger matrices are orthogonalised in blocks of rows.
+MUON_MAX_SIDE = 256
 
 
 class Muon(Optimizer):
@@ -62,11 +63,26 @@ class Muon(Optimizer):
             # Matrices of one shape go through the iteration as one batch: small products are slow.
             for (rows, columns), entries in by_shape.items():
                 stacked = torch.stack([matrix for _, matrix in entries])
+                blocks = rows_in_blocks(rows, columns)
+                stacked = stacked.reshape(len(entries) * blocks, rows // blocks, columns)
                 updates = orthogonalise(stacked, group["iterations"])
-                scale = 0.2 * math.sqrt(max(rows, columns)) * group["lr"]
+                updates = updates.reshape(len(entries), rows, columns)
+                scale = 0.2 * math.sqrt(max(rows // blocks, columns)) * group["lr"]
                 for (parameter, _), update in zip(entries, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update.view_as(parameter), alpha=-scale)
+
+
+def rows_in_blocks(rows: int, columns: int) -> int:
+    """Into how many blocks of rows a matrix is cut, so that no block has a side over the limit.
+
+    The kernels before a depth-to-space step have eight times their output's channels, and each of
+    the eight is a convolution of its own.
+    """
+    blocks = 1
+    while min(rows // blocks, columns) > MUON_MAX_SIDE and rows % (2 * blocks) == 0:
+        blocks *= 2
+    return blocks
 
 
 def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
@@ -118,7 +134,7 @@ def muon_and_adamw(
             continue
         is_hidden_matrix = (
             parameter.ndim >= 2
-            and 8 < min(parameter.shape[0], parameter[0].numel()) <= MUON_MAX_SIDE
+            and min(parameter.shape[0], parameter[0].numel()) > 8
             and "table" not in name
             and not any(end in name for end in ends)
         )
