@@ -127,6 +127,13 @@ class ModelSet:
     def audio_config(self) -> AudioVAEConfig:
         return AudioVAEConfig.from_metadata(self.checkpoint.section("audio_vae"))
 
+    def use(self, name: str, network: Any) -> None:
+        """Lends `network` in place of the file's: a transformer in training, texts known before.
+
+        Names are those of the lending methods; it stays where it is and is never freed.
+        """
+        self._loaded[name] = network
+
     # Lending. Each is a context: the network is freed at its end unless the model is small.
 
     @contextmanager

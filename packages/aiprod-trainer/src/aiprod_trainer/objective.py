@@ -8,12 +8,17 @@ and a picture to follow sound.
 Letters: B batch, N tokens, C channels.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from aiprod_core.types import Modality
+from aiprod_core.types import LatentState, Modality
+
+# A schedule's log shift at 1024 and at 4096 tokens (arXiv:2403.03206, eq. 23, LTX-2's numbers).
+MIN_SHIFT, MAX_SHIFT = 0.95, 2.05
 
 
 @dataclass(frozen=True)
@@ -87,3 +92,81 @@ def velocity_loss(velocity: Tensor, noised: Noised) -> Tensor:
     squared = (velocity.float() - noised.target).square().mean(dim=-1, keepdim=True)
     weight = noised.weight.expand_as(squared)
     return (squared * weight).sum() / weight.sum().clamp_min(1)
+
+
+# What follows serves `aiprod train`, where a sample's random numbers are its own: they do not
+# depend on how a batch is spread over processes and accumulation steps.
+
+
+def shift_for(num_tokens: int) -> float:
+    """The mean of the logit of sigma: longer sequences are trained at more noise."""
+    share = min(max((num_tokens - 1024) / (4096 - 1024), 0.0), 1.0)
+    return MIN_SHIFT + share * (MAX_SHIFT - MIN_SHIFT)
+
+
+def draw_sigmas(
+    generators: Sequence[torch.Generator],
+    *,
+    shift: float | None,  # None: uniform
+    uniform_share: float,
+    joint_share: float,
+    clean_share: float,
+) -> tuple[Tensor, Tensor]:
+    """Video and audio noise levels, one pair a generator.
+
+    Each level is sigmoid(normal + shift), or with the chance `uniform_share` uniform in [0, 1).
+    `joint_share` of the pairs are equal, `clean_share` have one of the two at 0.
+    """
+
+    def pair(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        levels = torch.rand(2, generator=generator)
+        logits = torch.randn(2, generator=generator)
+        kind, coin, uniform = torch.rand(3, generator=generator)
+        if shift is not None and uniform >= uniform_share:
+            levels = torch.sigmoid(logits + shift)
+        video, audio = levels
+        if kind < joint_share:
+            audio = video
+        elif kind < joint_share + clean_share:
+            video, audio = (video * 0, audio) if coin < 0.5 else (video, audio * 0)
+        return video, audio
+
+    video, audio = zip(*(pair(generator) for generator in generators), strict=True)
+    return torch.stack(video), torch.stack(audio)
+
+
+def noise_state(
+    state: LatentState,
+    sigma: Tensor,  # (B,)
+    context: Tensor,  # (B, S, D)
+    generators: Sequence[torch.Generator],  # one a sample
+    *,
+    num_tokens: int,  # the clip's own; conditions are appended after them
+    is_uniform: bool,  # no token is given
+) -> Noised:
+    """Noises a stream's clean tokens as far as its conditions allow. All maths in float32."""
+    clean = state.clean_latent
+    shape = (num_tokens, clean.shape[2])
+    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(clean)
+    noise = F.pad(noise, (0, 0, 0, clean.shape[1] - num_tokens))
+    sigma = sigma.to(clean)
+    levels = sigma[:, None, None]
+    timesteps = levels if is_uniform else state.denoise_mask * levels
+    modality = Modality(
+        torch.lerp(clean, noise, timesteps),
+        sigma,
+        timesteps,
+        state.positions[:1],  # samples share them
+        context,
+        attention_mask=state.attention_mask,
+        keyframe_marker=state.keyframe_marker,
+    )
+    weight = (levels > 0) * (1 if is_uniform else state.denoise_mask)
+    return Noised(modality, noise - clean, weight)
+
+
+def sample_losses(velocity: Tensor, noised: Noised) -> Tensor:
+    """(B,) mean squared velocity error of each sample over its noised tokens; 0 without any."""
+    squared = (velocity.float() - noised.target).square().mean(dim=-1, keepdim=True)
+    weight = noised.weight.to(squared).expand_as(squared)
+    return (squared * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp_min(1)

@@ -167,7 +167,12 @@ class TextProjector(nn.Module):
         the mask that goes with them, all ones. S must be a multiple of both register counts, D * L
         what the projection takes; InputError otherwise.
         """
-        video_features, audio_features = self.feature_extractor(hidden_states, mask)
+        return self.connect(*self.feature_extractor(hidden_states, mask), mask)
+
+    def connect(
+        self, video_features: Tensor, audio_features: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same from what the feature extractor made, (B, S, width) each."""
         order = tokens_first(mask)
         is_token = mask.bool().gather(1, order)
         video = self.video_connector(reorder(video_features, order), is_token)
