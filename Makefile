@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := aiprod-core aiprod-pipelines aiprod-trainer aiprod-nano
+PACKAGES := aiprod-core aiprod-pipelines aiprod-trainer aiprod-serve aiprod-nano
 EDITABLE := $(foreach package,$(PACKAGES),-e packages/$(package))
 
-.PHONY: help demo test lint parity clean
+.PHONY: help demo test test-serve lint parity clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -17,6 +17,10 @@ demo: $(VENV)/run.stamp ## make a clip with sound from a sentence, with the buil
 
 test: $(VENV)/test.stamp ## run every default test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-serve: $(VENV)/test.stamp ## run the server's tests in full: 5,000 requests, 2,000 bad uploads
+	AIPROD_FUZZ_REQUESTS=5000 AIPROD_FUZZ_UPLOADS=2000 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest packages/aiprod-serve -n 2 --dist loadfile -m "not gpu"
 
 lint: $(VENV)/test.stamp ## check style and types
 	$(BIN)/ruff check .

@@ -1,0 +1,63 @@
+"""The one database: SQLite in WAL mode beside the results, or whatever SQLAlchemy URL is given.
+
+Web process, workers and supervisor each open it; nothing else is shared between them but files.
+Times are Unix seconds. SQLite is synced at checkpoints (synchronous=NORMAL): a killed process loses
+nothing, a power cut may lose the last moments.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
+
+metadata = sa.MetaData()
+
+
+class Database:
+    """Short transactions: `reading()` never waits for a writer, `writing()` is alone in SQLite."""
+
+    def __init__(self, url: str) -> None:
+        self.engine = _open(url)
+
+    def create_tables(self) -> None:
+        metadata.create_all(self.engine)
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        with self.engine.connect() as connection:
+            yield connection.execution_options(aiprod_reads=True)
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        with self.engine.begin() as connection:
+            yield connection
+
+
+def sqlite_url(data_dir: Path) -> str:
+    return f"sqlite:///{data_dir / 'jobs.sqlite3'}"
+
+
+def _open(url: str) -> Engine:
+    if not url.startswith("sqlite"):
+        return sa.create_engine(url, pool_pre_ping=True)
+    # Every thread of the web process may hold one.
+    engine = sa.create_engine(
+        url, connect_args={"timeout": 30, "check_same_thread": False}, pool_size=40
+    )
+
+    @sa.event.listens_for(engine, "connect")
+    def _on_connect(connection, record) -> None:
+        connection.isolation_level = None  # transactions are begun below
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    @sa.event.listens_for(engine, "begin")
+    def _on_begin(connection: Connection) -> None:
+        # A deferred transaction that reads first and then writes fails when another got between.
+        is_read = connection.get_execution_options().get("aiprod_reads", False)
+        connection.exec_driver_sql("BEGIN" if is_read else "BEGIN IMMEDIATE")
+
+    return engine
