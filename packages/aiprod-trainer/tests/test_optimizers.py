@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from aiprod_trainer.optimizers import (
@@ -48,7 +49,34 @@ def test_a_wide_matrix_is_orthogonalised_in_blocks_of_rows():
     Muon([parameter], lr=1.0).step()
     for block in parameter.detach().chunk(4):
         values = torch.linalg.svdvals(block / (0.2 * 300**0.5))
-        assert 0.3 < values.min() and values.max() < 1.3
+        assert values.min() > 0.3 and values.max() < 1.3
+
+
+def _step_in_a_group(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    parameters = _matrices_with_gradients()
+    Muon(parameters, lr=0.1, rank=rank, world_size=2).step()
+    torch.save([p.detach() for p in parameters], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def _matrices_with_gradients() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(3)
+    parameters = [nn.Parameter(torch.zeros(12, 20)) for _ in range(3)]
+    parameters.append(nn.Parameter(torch.zeros(6, 4)))
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return parameters
+
+
+def test_two_processes_share_the_work_and_get_the_same_weights(tmp_path):
+    torch.multiprocessing.spawn(_step_in_a_group, (str(tmp_path),), nprocs=2)
+    alone = _matrices_with_gradients()
+    Muon(alone, lr=0.1).step()
+    for rank in range(2):
+        together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for one, other in zip(alone, together, strict=True):
+            torch.testing.assert_close(one.detach(), other)
 
 
 def test_a_convolution_learns_a_known_kernel():

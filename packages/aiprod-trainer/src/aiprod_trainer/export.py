@@ -5,6 +5,7 @@
     python -m aiprod_trainer.export model --codecs runs/codecs.safetensors \\
         --transformer runs/transformer --generation configs/nano/generation.yaml \\
         --out nano-dev.safetensors
+    python -m aiprod_trainer.export upsampler --run runs/spatial --out FILE
 
 `codecs` also measures the statistics that normalise the latents, on clips of the world. Averaged
 weights are exported, in float16 unless asked otherwise.
@@ -35,6 +36,7 @@ from aiprod_core.model.audio_vae import AudioVAEConfig
 from aiprod_core.model.mel import log_mel
 from aiprod_core.model.text_connector import TextConfig, TextProjector
 from aiprod_core.model.transformer import Transformer, TransformerConfig
+from aiprod_core.model.upsampler import LatentUpsampler, UpsamplerConfig
 from aiprod_core.model.video_vae import VideoVAEConfig
 from aiprod_core.model.vocoder import Vocoder, VocoderConfig
 from aiprod_pipelines.request import ModelProfile
@@ -65,12 +67,16 @@ def main(argv: list[str] | None = None) -> int:
     model.add_argument(
         "--generation", type=Path, required=True, help="YAML with the settings to generate with"
     )
-    for command in (codecs, model):
+    upsampler = commands.add_parser("upsampler", help="a latent upsampler, in a file of its own")
+    upsampler.add_argument("--run", type=Path, required=True, help="run of train_upsampler")
+    for command in (codecs, model, upsampler):
         command.add_argument("--out", type=Path, required=True)
         command.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     arguments = parser.parse_args(argv)
     try:
-        {"codecs": export_codecs, "model": export_model}[arguments.command](arguments)
+        {"codecs": export_codecs, "model": export_model, "upsampler": export_upsampler}[
+            arguments.command
+        ](arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -144,6 +150,19 @@ def export_model(arguments: argparse.Namespace) -> None:
             (key_maps.TEXT_PROJECTOR, model.projector),
         ],
         {"model_version": MODEL_VERSION, "config": config, "generation": generation},
+        dtype=getattr(torch, arguments.dtype),
+    )
+
+
+def export_upsampler(arguments: argparse.Namespace) -> None:
+    """Writes an upsampler; its metadata's config is flat, as published."""
+    config = UpsamplerConfig.from_metadata(_config(arguments.run)["upsampler"])
+    upsampler = LatentUpsampler(config)
+    upsampler.load_state_dict(read_state(arguments.run / "state.safetensors", "average"))
+    save_checkpoint(
+        arguments.out,
+        [(key_maps.UPSAMPLER, upsampler)],
+        {"model_version": MODEL_VERSION, "config": config.to_metadata()},
         dtype=getattr(torch, arguments.dtype),
     )
 

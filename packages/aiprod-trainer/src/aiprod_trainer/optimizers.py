@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
@@ -24,7 +25,8 @@ class Muon(Optimizer):
     """Orthogonalised momentum for parameters with at least two dimensions.
 
     The update has root-mean-square 0.2 x lr whatever the shape (Liu et al., 2025, eq. 4), so one
-    learning rate serves every layer.
+    learning rate serves every layer. Of several processes with equal gradients each iterates on
+    its share of the matrices, and all hear of the result.
     """
 
     def __init__(
@@ -34,7 +36,10 @@ class Muon(Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         iterations: int = 5,
+        rank: int = 0,
+        world_size: int = 1,
     ):
+        self.rank, self.world_size = rank, world_size
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -65,7 +70,11 @@ class Muon(Optimizer):
                 stacked = torch.stack([matrix for _, matrix in entries])
                 blocks = rows_in_blocks(rows, columns)
                 stacked = stacked.reshape(len(entries) * blocks, rows // blocks, columns)
-                updates = orthogonalise(stacked, group["iterations"])
+                updates = torch.zeros_like(stacked)
+                share = slice(self.rank, None, self.world_size)
+                updates[share] = orthogonalise(stacked[share], group["iterations"])
+                if self.world_size > 1:
+                    dist.all_reduce(updates)  # the others' places hold zeros
                 updates = updates.reshape(len(entries), rows, columns)
                 scale = 0.2 * math.sqrt(max(rows // blocks, columns)) * group["lr"]
                 for (parameter, _), update in zip(entries, updates, strict=True):
@@ -113,6 +122,8 @@ def muon_and_adamw(
     adamw_lr: float,
     weight_decay: float = 0.0,
     iterations: int = 5,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> dict[str, Optimizer]:
     """Muon for hidden matrices, AdamW for vectors, tables, embeddings and first and last layers.
 
@@ -140,7 +151,14 @@ def muon_and_adamw(
         )
         (matrices if is_hidden_matrix else others).append(parameter)
     return {
-        "muon": Muon(matrices, lr=muon_lr, weight_decay=weight_decay, iterations=iterations),
+        "muon": Muon(
+            matrices,
+            lr=muon_lr,
+            weight_decay=weight_decay,
+            iterations=iterations,
+            rank=rank,
+            world_size=world_size,
+        ),
         "adamw": AdamW(others, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
     }
 

@@ -93,6 +93,8 @@ def train(config: BaseTrainingConfig, folder: Path) -> TextToClip:
         adamw_lr=config.adamw_lr,
         weight_decay=config.weight_decay,
         iterations=3,  # five take as long as the gradient itself on a CPU
+        rank=rank,
+        world_size=world_size,
     )
     run = Run(
         folder,

@@ -64,7 +64,13 @@ def train(config: VideoCodecConfig, folder: Path) -> VideoVAE:
     average = averaged_copy(vae)
     if config.train == "decoder":
         vae.encoder.requires_grad_(False)
-    optimizers = muon_and_adamw(vae, muon_lr=config.muon_lr, adamw_lr=config.adamw_lr)
+    optimizers = muon_and_adamw(
+        vae,
+        muon_lr=config.muon_lr,
+        adamw_lr=config.adamw_lr,
+        rank=rank,
+        world_size=world_size,
+    )
     run = Run(
         folder,
         {"model": vae, "average": average, **optimizers},
