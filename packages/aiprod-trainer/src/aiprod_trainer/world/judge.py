@@ -1,25 +1,21 @@
 """Measures a clip of the procedural world without a network: what is seen, what is heard, when.
 
-    python -m aiprod_trainer.world.judge --validate
-
-prints how often each measurement is right on ground-truth renders, clean and damaged. The picture
-is measured in `seeing.py`, the sound in `hearing.py`; here they are compared with each other and
-with the truth.
+The picture is measured in `seeing.py`, the sound in `hearing.py`; here they are compared with each
+other and with the truth. `benchmarks/judge.py` measures how often it is right on true renders.
 """
 
-import argparse
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 
 from aiprod_core.errors import InputError
+from aiprod_pipelines.metrics.sync import Events, Offset, best_offset
 from aiprod_trainer.world.captions import sound_kind
 from aiprod_trainer.world.hearing import find_ambience, find_pan, find_sound, heard_events
-from aiprod_trainer.world.render import render
-from aiprod_trainer.world.scene import WORLDS, Scene, sample_scene
-from aiprod_trainer.world.seeing import SIDE, Track, look
-from aiprod_trainer.world.sound import SAMPLE_RATE, synthesise
+from aiprod_trainer.world.scene import Scene
+from aiprod_trainer.world.seeing import Track, look
+from aiprod_trainer.world.sound import SAMPLE_RATE
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +127,12 @@ def sync_error_ms(
     return float(np.median(np.concatenate([distance.min(1), distance.min(0)[due]])) * 1000)
 
 
+def sync_offset(verdict: Verdict, picture_s: float, sound_s: float) -> Offset | None:
+    """By how much the sound is late as a whole, from the events seen and heard in a clip whose
+    picture and sound last so long; None where either has none."""
+    return best_offset(Events.at(verdict.seen_s, picture_s), Events.at(verdict.heard_s, sound_s))
+
+
 def damage(frames: np.ndarray, audio: np.ndarray, rng: np.random.Generator):
     """Blur and noise like a codec's: Gaussian blur of 0.7 pixels, noise of 30 dB PSNR; in the
     sound, noise 30 dB below it."""
@@ -139,57 +141,3 @@ def damage(frames: np.ndarray, audio: np.ndarray, rng: np.random.Generator):
     loud = np.sqrt(np.mean(np.square(audio)))
     hiss = rng.standard_normal(audio.shape, dtype=np.float32) * loud * 10 ** (-30 / 20)
     return np.clip(blurred + noise, 0, 255).astype(np.uint8), audio + hiss
-
-
-def validate(
-    count: int = 240, seed: int = 0, size: int = SIDE, world: str = "v1"
-) -> dict[str, dict[str, float]]:
-    """Share of right verdicts (and medians of the times, in ms) over `count` random renders."""
-    table: dict[str, dict[str, float]] = {}
-    for name in ("clean", "damaged"):
-        rng = np.random.default_rng(seed)
-        rows: dict[str, list[float]] = {}
-        heard_before: tuple[float, ...] = ()
-        for _ in range(count):
-            scene = sample_scene(rng, world=world)
-            frames, audio = render(scene, size), synthesise(scene)
-            if name == "damaged":
-                frames, audio = damage(frames, audio, rng)
-            verdict = judge(frames, audio)
-            for key, value in agreement(verdict, scene).items():
-                rows.setdefault(key, []).append(float(value))
-            # What sync_ms would be if sound and picture did not know each other.
-            shuffled = sync_error_ms(verdict.seen_s, heard_before)
-            if shuffled is not None:
-                rows.setdefault("shuffled_ms", []).append(shuffled)
-            heard_before = verdict.heard_s or heard_before
-        table[name] = {
-            key: float(np.median(values) if key.endswith("_ms") else np.mean(values))
-            for key, values in rows.items()
-        }
-    return table
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measures a clip of the procedural world.")
-    parser.add_argument("--validate", action="store_true", help="judge ground-truth renders")
-    parser.add_argument("--count", type=int, default=240)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=SIDE, help="pixels")
-    parser.add_argument("--world", default="v1", choices=WORLDS)
-    arguments = parser.parse_args(argv)
-    if not arguments.validate:
-        parser.error("nothing to do: add --validate")
-    table = validate(arguments.count, arguments.seed, arguments.size, arguments.world)
-    print(f"{'measure':16}{'clean':>10}{'damaged':>10}")
-    for key in sorted(set(table["clean"]) | set(table["damaged"])):
-        cells = []
-        for name in ("clean", "damaged"):
-            value = table[name].get(key, float("nan"))
-            cells.append(f"{value:7.1f} ms" if key.endswith("_ms") else f"{100 * value:8.1f} %")
-        print(f"{key:16}{cells[0]:>10}{cells[1]:>10}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
