@@ -364,8 +364,11 @@ def check_output_path(path: str | Path, suffixes: Sequence[str] = VIDEO_SUFFIXES
 # Preparing conditions.
 
 
-def prepare_frame(frame: Frame, height: int, width: int) -> Frame:
-    """Resizes to cover (height, width), sides rounded up, and crops the centre.
+def prepare_frame(
+    frame: Frame, height: int, width: int, *, place: tuple[float, float] = (0.5, 0.5)
+) -> Frame:
+    """Resizes to cover (height, width), sides rounded up, and crops: the centre, or at `place`,
+    the share of the spare rows above and of the spare columns to the left.
 
     Bilinear, with Pillow's anti-aliasing when it shrinks: plain bilinear would alias a photograph
     that is many times larger than the clip.
@@ -375,7 +378,8 @@ def prepare_frame(frame: Frame, height: int, width: int) -> Frame:
     cover_height = max(height, math.ceil(frame.shape[0] * scale - 1e-6))
     cover_width = max(width, math.ceil(frame.shape[1] * scale - 1e-6))
     covered = _resize(frame, cover_height, cover_width, Image.Resampling.BILINEAR)
-    top, left = (cover_height - height) // 2, (cover_width - width) // 2
+    top = int((cover_height - height) * place[0])
+    left = int((cover_width - width) * place[1])
     return covered[top : top + height, left : left + width]
 
 
