@@ -150,17 +150,19 @@ def muon_and_adamw(
             and not any(end in name for end in ends)
         )
         (matrices if is_hidden_matrix else others).append(parameter)
-    return {
-        "muon": Muon(
+    optimizers: dict[str, Optimizer] = {}
+    if matrices:
+        optimizers["muon"] = Muon(
             matrices,
             lr=muon_lr,
             weight_decay=weight_decay,
             iterations=iterations,
             rank=rank,
             world_size=world_size,
-        ),
-        "adamw": AdamW(others, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0),
-    }
+        )
+    if others:  # a LoRA is nothing but matrices
+        optimizers["adamw"] = AdamW(others, lr=adamw_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return optimizers
 
 
 def set_learning_rate(optimizers: Iterable[Optimizer], factor: float) -> None:
