@@ -4,6 +4,7 @@ A JSON object in the MP4's comment tag: the resolved request, the model and its 
 of what computed it, and a hash of the final latents by which a second run can be compared.
 """
 
+import functools
 import hashlib
 import json
 import platform
@@ -98,9 +99,15 @@ def file_identity(path: Path) -> dict[str, Any]:
     """Name, size and hash of a file: of all its bytes, or of samples of them above 1 GiB.
 
     The samples are the start, where a weight file's header is, and stretches at even distances:
-    training or conversion changes every tensor, and so every sample.
+    training or conversion changes every tensor, and so every sample. A file is hashed once while
+    its size and time of change stay the same.
     """
-    size = path.stat().st_size
+    found = path.stat()
+    return dict(_identity(path, found.st_size, found.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=256)
+def _identity(path: Path, size: int, modified_ns: int) -> dict[str, Any]:
     if size <= WHOLE_FILE_LIMIT:
         return {"file": path.name, "bytes": size, "sha256": file_sha256(path)}
     digest = hashlib.sha256(str(size).encode())
