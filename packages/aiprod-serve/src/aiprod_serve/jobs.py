@@ -337,7 +337,7 @@ class JobStore:
                 stage="",
                 num_bytes=num_bytes,
                 timings=json.dumps(timings),
-                generation_s=sum(timings.values()),
+                generation_s=timings.get("total", 0.0),
             )
 
     def fail(self, job: Job, code: str, message: str) -> bool:

@@ -191,14 +191,18 @@ class Worker:
         )
         self._current = (job, progress)
         saved = self.files.latents(job.id)
+        started = time.monotonic()
         clip = load_clip(saved, pipeline, progress)
         if clip is None:
             clip = pipeline.run(request, progress=progress)
             save_clip(saved, clip)
         write(clip, folder, is_streamed=job.is_streamed)
+        timings = progress.seconds | {"total": time.monotonic() - started}
+        if clip.latents.video is not None:
+            make_stills(folder / VIDEO, folder, clip.request.num_frames or 1)
         progress.check()
         num_bytes = self.files.publish(job)
-        if self.store.complete(job, num_bytes=num_bytes, timings=progress.seconds):
+        if self.store.complete(job, num_bytes=num_bytes, timings=timings):
             saved.unlink(missing_ok=True)
         else:
             self.files.discard_result(job)
@@ -326,7 +330,7 @@ def load_clip(path: Path, pipeline: Pipeline, progress: Progress) -> Clip | None
 
 
 def write(clip: Clip, folder: Path, *, is_streamed: bool) -> None:
-    """The clip, a thumbnail and a sheet of small frames; a streamed one can be read as it grows."""
+    """The clip itself; one that is streamed can be read as it grows."""
     video = folder / VIDEO
     if is_streamed and clip.latents.video is not None:
         with (folder / LIVE).open("wb") as file:
@@ -336,12 +340,10 @@ def write(clip: Clip, folder: Path, *, is_streamed: bool) -> None:
         os.replace(folder / LIVE, video)  # whoever has it open reads on
     else:
         clip.save(video)
-    if clip.latents.video is not None:
-        num_frames = clip.request.num_frames or 1
-        make_stills(video, folder, num_frames)
 
 
 def make_stills(video: Path, folder: Path, num_frames: int) -> None:
+    """A thumbnail and a sheet of small frames, read from the finished file."""
     wanted = set(np.linspace(0, num_frames - 1, min(NUM_SPRITES, num_frames)).round().astype(int))
     frames = [
         Image.fromarray(frame)
