@@ -3,12 +3,17 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
+import aiprod_trainer.train as train_module
+from aiprod_core.errors import InputError
 from aiprod_trainer import checkpoints
 from aiprod_trainer.modes import MODES
 from aiprod_trainer.train import train
@@ -20,7 +25,7 @@ def state_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
 
 
 def losses_of(folder: Path) -> list[float]:
@@ -103,10 +108,10 @@ def test_only_the_last_checkpoints_are_kept(configure):
 
 def test_the_loss_falls_on_clips_seen_again_and_again(configure):
     config = configure(
-        optimization={"steps": 60, "learning_rate": 0.05, "scheduler_type": "constant"},
+        optimization={"steps": 30, "learning_rate": 0.05, "scheduler_type": "constant"},
         flow_matching={"timestep_sampling_mode": "uniform"},
         lora={"target_modules": ["to_q", "to_v", "to_out.0", "ff.net.2", "audio_ff.net.2"]},
-        log_interval=20,
+        log_interval=10,
     )
     train(config)
     losses = losses_of(config.output_dir)

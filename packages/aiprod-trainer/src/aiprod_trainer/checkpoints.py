@@ -36,6 +36,10 @@ NO_STATE = (
 Named = Mapping[str, Tensor]
 
 
+def folder_of(folder: Path, step: int) -> Path:
+    return folder / "checkpoints" / f"step-{step:06d}"
+
+
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint below a run's folder."""
     found = sorted(
@@ -62,7 +66,7 @@ def write_checkpoint(
     folder: Path, step: int, write: Callable[[Path], None], keep_last_n: int = -1
 ) -> Path:
     """Makes `checkpoints/step-N` by `write(folder)`, atomically, and drops the oldest."""
-    path = folder / "checkpoints" / f"step-{step:06d}"
+    path = folder_of(folder, step)
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

@@ -97,6 +97,11 @@ class LatentDataset:
     def __len__(self) -> int:
         return sum(len(bucket.clips) for bucket in self.buckets)
 
+    @property
+    def has_hidden_states(self) -> bool:
+        """Whether captions still need the projection that makes features of hidden states."""
+        return any("hidden" in part for part in self.parts)
+
     def draw_bucket(self, rng: np.random.Generator) -> Bucket:
         """A bucket, with a chance proportional to its clips."""
         if len(self.buckets) == 1:

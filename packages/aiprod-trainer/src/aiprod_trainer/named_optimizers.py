@@ -55,8 +55,7 @@ def muon(
 ) -> list[Optimizer]:
     """Ours, for the matrices; vectors, tables and the first and last layers take AdamW."""
     rates = {"muon_lr": lr, "adamw_lr": adamw_lr or lr}
-    pair = muon_and_adamw(model, **rates, **params)
-    return [optimizer for optimizer in pair.values() if optimizer.param_groups[0]["params"]]
+    return list(muon_and_adamw(model, **rates, **params).values())
 
 
 def schedule_free(model: nn.Module, lr: float, **params: Any) -> list[Optimizer]:

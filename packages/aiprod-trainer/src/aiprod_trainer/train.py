@@ -23,7 +23,11 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    FullyShardedDataParallelPlugin,
+)
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -94,7 +98,10 @@ def _train(config: TrainingConfig, accelerator: Accelerator, *, resume: bool) ->
     sizes = read_sizes(checkpoint)
     data = open_data(config, checkpoint)
     validation = Validation.prepare(config, device) if config.validation.interval else None
-    projector = load_text_projector(checkpoint, device=device, dtype=base_dtype(config))
+    projector = load_text_projector(checkpoint, dtype=base_dtype(config))
+    if not data.has_hidden_states:
+        del projector.feature_extractor  # the larger part of it
+    projector.to(device)
     transformer = build_transformer(config, checkpoint, device)
     is_shared = accelerator.num_processes > 1
     model = accelerator.prepare(transformer) if is_shared else transformer
@@ -118,36 +125,33 @@ def _train(config: TrainingConfig, accelerator: Accelerator, *, resume: bool) ->
 
     def save(step: int) -> Path:
         """Gathers on every process, writes on the first."""
-        set_training(inner, False)
-        kept = gather(parameters if average is None else average)
-        state, facts = checkpoints.gather_state(parameters, average, inner)
-        set_training(inner, True)
-
-        def write(target: Path) -> None:
-            publish_weights(target, config, checkpoint, kept, factors(config, data))
+        with ready_for_use(inner):
+            kept = gather(parameters if average is None else average)
+            state, facts = checkpoints.gather_state(parameters, average, inner)
             if config.checkpoints.save_training_state == "minimal":
-                kept_state = {k: v for k, v in state.items() if not k.startswith("optimizer/")}
-                checkpoints.save_state(target / "state.safetensors", kept_state, step, facts)
-            elif config.checkpoints.save_training_state == "full":
-                checkpoints.save_state(target / "state.safetensors", state, step, facts)
-            (target / "config.yaml").write_text(as_yaml(config))
+                state = {k: v for k, v in state.items() if not k.startswith("optimizer/")}
 
-        if is_main:
-            return checkpoints.write_checkpoint(folder, step, write, config.checkpoints.keep_last_n)
-        return folder / "checkpoints" / f"step-{step:06d}"
+            def write(target: Path) -> None:
+                publish_weights(target, config, checkpoint, kept, factors(config, data))
+                if config.checkpoints.save_training_state != "off":
+                    checkpoints.save_state(target / "state.safetensors", state, step, facts)
+                (target / "config.yaml").write_text(as_yaml(config))
+
+            if is_main:
+                keep = config.checkpoints.keep_last_n
+                return checkpoints.write_checkpoint(folder, step, write, keep)
+        return checkpoints.folder_of(folder, step)
 
     def validate(step: int) -> None:
         if validation is None:
             return
+        is_offloaded = config.acceleration.offload_optimizer_during_validation
         with (
             swapped_in(parameters, average),
-            optimizers_on(
-                "cpu" if config.acceleration.offload_optimizer_during_validation else None, inner
-            ),
+            optimizers_on("cpu" if is_offloaded else None, inner),
+            ready_for_use(inner),
         ):
-            set_training(inner, False)
             report.clips(step, validation.run(transformer, folder / "validation", step, is_main))
-            set_training(inner, True)
 
     draw = partial(draw_step, config, data, accelerator.process_index, accelerator.num_processes)
     set_training(inner, True)
@@ -189,7 +193,7 @@ def _train(config: TrainingConfig, accelerator: Accelerator, *, resume: bool) ->
                 last = save(step)
             if is_due(step, config.validation.interval):
                 validate(step)
-        if last is None or last.name != f"step-{step:06d}":
+        if last != checkpoints.folder_of(folder, step):
             last = save(step)
         report.done(step, last, is_stopped=step < settings.steps)
     if config.hub.push_to_hub and is_main and step == settings.steps:
@@ -224,8 +228,12 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
         mixed_precision="no" if is_lora and precision == "bf16" else precision,
         cpu=acceleration.device == "cpu",
         fsdp_plugin=plugin,
-        # Streams take turns: in the last block some of a given stream's weights do nothing.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[
+            # Streams take turns: in the last block some of a given stream's weights do nothing.
+            DistributedDataParallelKwargs(find_unused_parameters=True),
+            # A cache would hold 16-bit copies of all weights until the end of the pass.
+            AutocastKwargs(cache_enabled=False),
+        ],
         project_dir=str(config.output_dir),
         log_with=trackers(config) or None,
     )
@@ -500,6 +508,16 @@ def set_training(optimizers: Sequence[Optimizer], is_training: bool) -> None:
         switch = getattr(optimizer, "train" if is_training else "eval", None)
         if switch is not None:
             switch()
+
+
+@contextlib.contextmanager
+def ready_for_use(optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """The weights as they are to be used, in the place of those that the next step changes."""
+    set_training(optimizers, False)
+    try:
+        yield
+    finally:
+        set_training(optimizers, True)
 
 
 @contextlib.contextmanager

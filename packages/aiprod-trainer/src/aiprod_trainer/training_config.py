@@ -186,8 +186,16 @@ def read_training_config(path: Path, overrides: list[str] | None = None) -> Trai
             "acceleration.blocks_to_swap needs optimization.enable_gradient_checkpointing: without "
             "it every block's weights stay on the card until the backward pass."
         )
+    if acceleration.blocks_to_swap and acceleration.quantization == "nf4":
+        raise InputError(
+            "acceleration.blocks_to_swap does not move NF4 weights; use quantization int8 with it."
+        )
     if acceleration.blocks_to_swap and acceleration.compile:
         raise InputError("acceleration.blocks_to_swap and compile exclude each other; drop one.")
+    if config.optimization.ema_decay and config.optimization.optimizer_type == "schedule_free":
+        raise InputError(
+            "optimization.ema_decay: schedule_free averages its weights itself; leave it out."
+        )
     if acceleration.distributed == "fsdp" and config.optimization.optimizer_type == "muon":
         raise InputError(
             "optimization.optimizer_type muon needs whole matrices, which fsdp spreads over the "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from aiprod_core.components import conditioning
 from aiprod_core.errors import InputError
+from aiprod_core.loader import networks
 from aiprod_pipelines import media, stages
 from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.components import ModelSet
@@ -24,6 +25,7 @@ from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest, ImageCondition, PerModality
 from aiprod_pipelines.text_to_audio import TextToAudioPipeline
 from aiprod_pipelines.ti2vid_one_stage import TI2VidOneStagePipeline
+from aiprod_pipelines.tiles import free_memory
 from aiprod_trainer.modes import tensor_name
 from aiprod_trainer.training_config import TrainingConfig, ValidationSample
 
@@ -76,9 +78,7 @@ class Validation:
         pipeline = _pipeline(config, models)
         requests = [(pipeline.resolve(_request(config, s)), s) for s in samples]
         texts = [t for r, _ in requests for t in (r.text, r.negative_prompt or "")]
-        with models.text_encoder() as encoder:
-            known = KnownTexts(encoder, texts)
-        models.use("text_encoder", known)
+        models.use("text_encoder", _encoded(models, texts))
         return cls(config, models, requests)
 
     @torch.no_grad()
@@ -127,6 +127,17 @@ class Validation:
             models, request, replace(states, video=video), contexts, generator, progress
         )
         return Clip("validation", models, request, latents, progress)
+
+
+def _encoded(models: ModelSet, texts: Sequence[str]) -> KnownTexts:
+    """On the model's device where the encoder's files fit into its free memory, else on the CPU."""
+    source = Path(models.text_encoder_source or "")
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    device = models.device if size < free_memory(models.device) else torch.device("cpu")
+    encoder = networks.load_text_encoder(
+        models.checkpoint, models.text_encoder_source, device=device
+    )
+    return KnownTexts(encoder, texts)
 
 
 def _pipeline(config: TrainingConfig, models: ModelSet) -> Pipeline:
