@@ -188,10 +188,10 @@ def by_server(url: str, model: str = "default") -> Captioner:
 
 
 def by_transformers(model: str, device: str | None = None) -> Captioner:
-    """Asks a chat model of transformers with a processor for video, and for sound if it has one.
+    """Asks a chat model of transformers: one for video (a Qwen-Omni), or for several images (Gemma
+    3n). It hears the sound where its processor takes sound.
 
-    `model` is a folder or hub id, e.g. a Qwen-Omni, Gemma 3n or SmolVLM. Raises InputError when it
-    cannot be loaded.
+    `model` is a folder or hub id. Raises InputError when it cannot be loaded.
     """
     import torch
     from transformers import AutoModelForMultimodalLM, AutoProcessor
@@ -204,18 +204,22 @@ def by_transformers(model: str, device: str | None = None) -> Captioner:
         network: Any = AutoModelForMultimodalLM.from_pretrained(
             model, dtype=choose_dtype(None, place), use_safetensors=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{model}: no captioning model can be loaded ({reason}).") from error
     network = getattr(network, "thinker", network)  # an Omni's other half only speaks
     network = network.eval().to(place)
+    sees_video = getattr(processor, "video_processor", None) is not None
     hears = getattr(processor, "feature_extractor", None) is not None
 
     def ask(shown: Shown, settings: CaptionSettings) -> str:
         content: list[dict[str, Any]] = [{"type": "video", "video": shown.frames}]
+        if not sees_video:
+            content = [{"type": "image", "image": Image.fromarray(f)} for f in shown.frames]
         if shown.audio is not None and hears:
             content.append({"type": "audio", "audio": shown.audio.samples[0]})
-        content.append({"type": "text", "text": settings.instruction})
+        about = f"These are the frames of one clip, {shown.fps:.3g} a second. "
+        content.append({"type": "text", "text": about + settings.instruction})
         inputs = processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,

@@ -120,7 +120,7 @@ def find_scenes(
     if end_s <= settings.skip_start:
         raise InputError(f"{path}: nothing is left of its {info.duration_s:.2f} s.")
     try:
-        video = scenedetect.open_video(str(path), backend="pyav")
+        video = scenedetect.open_video(str(path), backend="pyav", suppress_output=True)
         if settings.skip_start:
             video.seek(float(settings.skip_start))
         manager.detect_scenes(video, end_time=float(end_s), frame_skip=settings.frame_skip)
