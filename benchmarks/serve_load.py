@@ -19,7 +19,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +68,6 @@ def start_server(model: str, folder: Path, *more: str) -> tuple[subprocess.Popen
     if not url:
         raise SystemExit(f"the server did not start: {line}{process.stderr.read()}")
     # Its log would fill the pipe and stop it.
-    import threading
-
     threading.Thread(target=process.stderr.read, daemon=True).start()
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
@@ -141,7 +141,7 @@ def read_store(path: Path, ids: list[str]) -> dict[str, Any]:
         ).fetchall()
     rows = [row for row in rows if row[0] in set(ids)]
     # The worker always has a next job, so the time from start to start is what a job takes it.
-    periods = [after[2] - before[2] for before, after in zip(rows, rows[1:], strict=False)]
+    periods = [after[2] - before[2] for before, after in pairwise(rows)]
     generated = [json.loads(row[4])["total"] for row in rows]
     overheads = [period - total for period, total in zip(periods, generated, strict=False)]
     return {
