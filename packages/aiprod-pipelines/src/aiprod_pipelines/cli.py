@@ -244,6 +244,18 @@ def generate(
             help="Keeps guided contrast in bounds; 0 to 1. LTX-2: 0.7.",
         ),
     ] = None,
+    nag_scale: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N | video=N,audio=N",
+            help="Negative prompts for distilled models (normalised attention guidance); 1 is "
+            "none, 5 to 11 are usual.",
+        ),
+    ] = None,
+    nag_tau: Annotated[
+        float, typer.Option(help="How far nag-scale may lengthen what the text says.")
+    ] = 2.5,
+    nag_alpha: Annotated[float, typer.Option(help="Share of nag-scale's result, 0 to 1.")] = 0.25,
     guidance_interval: Annotated[
         tuple[float, float],
         typer.Option(
@@ -283,6 +295,25 @@ def generate(
             "tiles of this width, height and length.",
         ),
     ] = "auto",
+    refine_tile: Annotated[
+        str,
+        typer.Option(
+            metavar="auto | off | WxH",
+            help="How much of the picture a second stage sees at once: what fits the free memory, "
+            "all, or tiles of this width and height.",
+        ),
+    ] = "auto",
+    window_frames: Annotated[
+        int | None,
+        typer.Option(
+            help="Make a long clip in windows of so many frames (8k+1 for LTX-2), each going on "
+            "from the one before; default: all at once."
+        ),
+    ] = None,
+    window_overlap: Annotated[
+        int | None,
+        typer.Option(help="Frames that two windows share; default: a quarter of the window."),
+    ] = None,
     stream: Annotated[
         bool,
         typer.Option(
@@ -341,6 +372,7 @@ def generate(
             ("stg_scale", stg_scale),
             ("modality_scale", modality_scale),
             ("rescale_scale", rescale_scale),
+            ("nag_scale", nag_scale),
         )
         if text is not None
     }
@@ -370,6 +402,8 @@ def generate(
         distilled_lora=LoraFile.parse(distilled_lora) if distilled_lora else None,
         skip_stage_2=skip_stage_2,
         guidance_interval=guidance_interval,
+        nag_tau=nag_tau,
+        nag_alpha=nag_alpha,
         sampler=sampler,
         schedule=schedule,
         max_batch_size=max_batch_size,
@@ -377,6 +411,9 @@ def generate(
         enlarge_method=enlarge_method,
         crf=crf,
         tile=tile,
+        refine_tile=refine_tile,
+        window_frames=window_frames,
+        window_overlap=window_overlap,
         **scales,
     )
     opened = find_pipeline(pipeline).from_model(

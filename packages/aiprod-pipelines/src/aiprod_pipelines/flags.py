@@ -42,9 +42,7 @@ FLAGS = (
     Flag("--spatial-upsampler-path", "spatial_upsampler", Path, help="default: beside the model"),
     Flag("--distilled-lora", "distilled_lora", values="PATH [STRENGTH]", help="default: beside it"),
     Flag("--lora", "loras", values="PATH [STRENGTH]", repeats=True),
-    Flag(
-        "--camera", "camera", help="dolly-in, jib-up, ...; its LoRA lies beside it"
-    ),
+    Flag("--camera", "camera", help="dolly-in, jib-up, ...; its LoRA lies beside it"),
     # Request.
     Flag("--prompt", "prompt"),
     Flag("--negative-prompt", "negative_prompt"),
@@ -71,6 +69,9 @@ FLAGS = (
     Flag("--audio-skip-step", "skip_step.audio", int),
     Flag("--video-stg-blocks", "stg_blocks", int, values="BLOCK ..."),
     Flag("--audio-stg-blocks", "stg_blocks", int, values="BLOCK ...", help="the same blocks"),
+    Flag("--nag-scale", "nag_scale", float, help="negative prompts without cfg; 1 is off"),
+    Flag("--nag-tau", "nag_tau", float),
+    Flag("--nag-alpha", "nag_alpha", float),
     # Control.
     Flag("--video-conditioning", "controls", values="PATH STRENGTH", repeats=True),
     Flag("--reference-video", "controls", values="PATH", repeats=True),
@@ -82,6 +83,9 @@ FLAGS = (
     Flag("--audio-path", "audio", Path, help="a sound that the picture follows"),
     Flag("--audio-start-time", "audio_start_time", float, help="seconds of it that are skipped"),
     # Running.
+    Flag("--window-frames", "window_frames", int, help="of a long clip that are made at once"),
+    Flag("--window-overlap", "window_overlap", int, help="frames that two windows share"),
+    Flag("--refine-tile", "refine_tile", help="second stage: auto, off or WxH"),
     Flag("--max-batch-size", "max_batch_size", int, help="guidance passes a model call"),
     Flag("--tile", "tile", help="decoding: auto, off or WxHxF"),
     Flag("--device", "device"),

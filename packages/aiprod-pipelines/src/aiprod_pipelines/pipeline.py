@@ -9,9 +9,10 @@ from aiprod_core.errors import InputError
 from aiprod_core.types import AV
 from aiprod_pipelines import companions, media
 from aiprod_pipelines.clip import Clip
-from aiprod_pipelines.components import ModelSet
+from aiprod_pipelines.components import ModelSet, count_parameters
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest, LoraFile, ModelProfile, PerModality
+from aiprod_pipelines.tiles import choose_refine_tile, free_memory
 
 UNGUIDED = PerModality(1.0, 1.0)
 NONE = PerModality(0.0, 0.0)
@@ -93,7 +94,8 @@ class Pipeline(ABC):
         request = request.resolved(self.profile(request))
         if self.uses_stage_2(request):
             path = companions.spatial_upsampler(checkpoint, request.spatial_upsampler)
-            request = replace(request, spatial_upsampler=path)
+            tile = self.refine_tile(request)
+            request = replace(request, spatial_upsampler=path, refine_tile=tile)
         if self.is_distilled or self.uses_stage_2(request):
             lora = None
             if not self.models.is_distilled:
@@ -107,6 +109,19 @@ class Pipeline(ABC):
         for lora in (*request.loras, *self.distillation(request)):
             companions.check_lora(checkpoint, lora)
         return request
+
+    def refine_tile(self, request: GenerationRequest) -> str:
+        """What of the picture the second stage sees at once, chosen now for the recipe's sake."""
+        models, shape = self.models, request.shape
+        weights = count_parameters(models.checkpoint)["transformer"] * models.dtype.itemsize
+        return choose_refine_tile(
+            request.refine_tile,
+            models.transformer_config.width,
+            models.profile.scale,
+            (request.window_frames or shape.num_frames, shape.height, shape.width),
+            element_bytes=models.dtype.itemsize,
+            free_bytes=free_memory(models.device) - weights,
+        )
 
     def distillation(self, request: GenerationRequest) -> list[LoraFile]:
         """What is added for steps without guidance; nothing when the model is distilled itself."""

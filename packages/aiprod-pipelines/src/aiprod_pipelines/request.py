@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from aiprod_core.components.samplers import SAMPLERS
 from aiprod_core.components.schedulers import DISTILLED, SCHEDULES
+from aiprod_core.components.windows import Window, split_into_windows
 from aiprod_core.errors import InputError
 from aiprod_core.types import ScaleFactors, VideoShape
 from aiprod_pipelines import media
@@ -27,6 +28,9 @@ MAX_SEED = 2**63 - 1
 SCHEDULE_NAMES = (*SCHEDULES, "distilled")
 DISTILLED_STEPS = len(DISTILLED) - 1
 MODALITIES = ("video", "audio", "both")
+PER_MODALITY = (
+    "cfg_scale", "stg_scale", "rescale_scale", "modality_scale", "nag_scale", "skip_step",
+)  # fmt: skip
 MADE_CONTROLS = ("canny", "depth", "pose")  # signals that are made from ordinary footage
 CONTROL_KINDS = (
     *MADE_CONTROLS,
@@ -195,6 +199,10 @@ class GenerationRequest:
     stg_blocks: tuple[int, ...] | None = None
     skip_step: PerModality = field(default=PerModality(0, 0))  # k: guide every (k+1)-th step only
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # sigmas outside are not guided
+    # Negative prompts for models that run without cfg_scale; 1 = off.
+    nag_scale: PerModality = field(default=PerModality(1.0, 1.0))
+    nag_tau: float = 2.5
+    nag_alpha: float = 0.25
     sampler: str | None = None  # one of SAMPLERS
     schedule: str | None = None  # one of SCHEDULE_NAMES
     max_batch_size: int | None = None  # guidance passes a model call; None = all
@@ -214,6 +222,9 @@ class GenerationRequest:
     camera: str | None = None  # one of CAMERAS; its LoRA, found beside the model, joins `loras`
     spatial_upsampler: Path | None = None  # None = found beside the model
     distilled_lora: LoraFile | None = None  # None = found beside the model
+    refine_tile: str = "auto"  # what a second stage sees at once: auto, off or WIDTHxHEIGHT
+    window_frames: int | None = None  # what the model sees of a long clip at once; None = all
+    window_overlap: int | None = None  # frames; None = a quarter of the window
     skip_stage_2: bool = False  # first stage only, at full size
     enlarge: int = 1  # integer factor for viewing, applied when the file is written
     enlarge_method: str = "bicubic"
@@ -232,6 +243,13 @@ class GenerationRequest:
             raise InputError(
                 f'tile must be auto, off or WIDTHxHEIGHTxFRAMES; got "{self.tile}", try 768x768x80.'
             )
+        if not re.fullmatch(r"auto|off|[1-9]\d*x[1-9]\d*", self.refine_tile):
+            raise InputError(
+                f'refine_tile must be auto, off or WIDTHxHEIGHT; got "{self.refine_tile}", try '
+                "768x768."
+            )
+        if self.window_overlap is not None and self.window_frames is None:
+            raise InputError("window_overlap goes with window_frames; give both.")
         if self.enlarge_method not in media.RESAMPLING:
             raise InputError(
                 f"enlarge_method must be one of {', '.join(media.RESAMPLING)}; "
@@ -248,6 +266,10 @@ class GenerationRequest:
             ("start_time", 0.0, math.inf, False),
             ("end_time", 0.0, math.inf, False),
             ("audio_start_time", 0.0, math.inf, False),
+            ("nag_tau", 0.0, 1000.0, False),
+            ("nag_alpha", 0.0, 1.0, False),
+            ("window_frames", 1, math.inf, True),
+            ("window_overlap", 1, math.inf, True),
         ):
             value = getattr(self, name)
             if value is not None:
@@ -262,7 +284,7 @@ class GenerationRequest:
                 _check_choice(name, getattr(self, name), choices)
         low, high = _as_interval(self.guidance_interval)
         object.__setattr__(self, "guidance_interval", (low, high))
-        for name in ("cfg_scale", "stg_scale", "rescale_scale", "modality_scale", "skip_step"):
+        for name in PER_MODALITY:
             value = getattr(self, name)
             if value is None:
                 continue
@@ -304,6 +326,15 @@ class GenerationRequest:
                 raise InputError(f"{full.audio}: this model has no sound, so it cannot follow one.")
             full = dataclasses.replace(full, generate_audio=False)
         full.shape.latent(channels=1, scale=profile.scale)
+        time = profile.scale.time
+        if full.window_frames is not None:
+            overlap = full.window_overlap or max(1, full.window_frames // 4 // time) * time
+            full = dataclasses.replace(full, window_overlap=overlap)
+        full.windows(time)
+        if full.nag_scale != (1, 1) and full.cfg_scale != (1, 1):
+            raise InputError(
+                "nag_scale is for models that run without cfg_scale; give one, or cfg_scale 1."
+            )
         for block in full.stg_blocks or ():
             _check_number("stg_blocks", block, 0, profile.num_layers - 1, integer=True)
         if full.schedule == "distilled" and full.num_inference_steps != DISTILLED_STEPS:
@@ -371,6 +402,16 @@ class GenerationRequest:
             raise ValueError("the request must be resolved against a model first")
         return VideoShape(1, self.num_frames, self.height, self.width, self.frame_rate)  # pyright: ignore[reportArgumentType]
 
+    def windows(self, time_scale: int) -> list[Window]:
+        """The stretches of a resolved request's clip that the model sees one after another."""
+        return split_into_windows(
+            self.shape.num_frames,
+            self.shape.fps,
+            size=self.window_frames or self.shape.num_frames,
+            overlap=self.window_overlap or time_scale,
+            time_scale=time_scale,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for recipes and HTTP; `from_dict` is the inverse."""
         return {f.name: _to_plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
@@ -412,7 +453,7 @@ def _to_plain(value: Any) -> Any:
 def _from_plain(name: str, value: Any) -> Any:
     if value is None:
         return None
-    if name.endswith("_scale") or name == "skip_step":
+    if name in PER_MODALITY:
         if isinstance(value, Mapping):
             return PerModality(**value)
         if isinstance(value, int | float):

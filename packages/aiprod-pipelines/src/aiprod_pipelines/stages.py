@@ -27,8 +27,11 @@ from torch import Tensor
 from aiprod_core.components import conditioning, denoising, schedulers
 from aiprod_core.components.denoising import Sampler
 from aiprod_core.components.guiders import Guidance, GuidedModality, Model
+from aiprod_core.components.nag import NAG, both_prompts, guided_text_attention
 from aiprod_core.components.patchifiers import AudioGrid, VideoGrid
 from aiprod_core.components.samplers import SAMPLERS
+from aiprod_core.components.tiled_model import in_tiles
+from aiprod_core.components.windows import Place, denoise_in_windows
 from aiprod_core.errors import InputError
 from aiprod_core.loader.lora import coverage, open_lora
 from aiprod_core.model.mel import log_mel
@@ -40,7 +43,7 @@ from aiprod_pipelines import media, recipe
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest, ImageCondition, LoraFile
-from aiprod_pipelines.tiles import choose_tiling, free_memory
+from aiprod_pipelines.tiles import choose_tiling, free_memory, refine_tiles
 
 FRAMES_AT_ONCE = 16  # converted to bytes and handed to the video encoder together
 # Samplers that draw noise have generators of their own, so that a seed's first noise is the same
@@ -86,7 +89,10 @@ def encode_prompts(
     """The prompt's context and, where the request is guided by one, the negative prompt's."""
     prompts = [request.text]
     modalities = ("video", "audio") if request.generate_audio else ("video",)
-    if any(guidance_of(request, name).cfg_scale != 1 for name in modalities):
+    if any(
+        guidance_of(request, name).cfg_scale != 1 or nag_of(request, name).is_on
+        for name in modalities
+    ):
         prompts.append(request.negative_prompt or "")
     with progress.stage("encode prompt"):
         with models.text_encoder() as encoder:
@@ -312,6 +318,12 @@ def guidance_of(request: GenerationRequest, modality: str) -> Guidance:
     )
 
 
+def nag_of(request: GenerationRequest, modality: str) -> NAG:
+    """How the text attention of "video" or "audio" is guided by the negative prompt."""
+    scale = getattr(request.nag_scale, modality)
+    return NAG(scale, tau=request.nag_tau, alpha=request.nag_alpha)
+
+
 def schedule_of(request: GenerationRequest, num_tokens: int = 4096) -> Tensor:
     """The sigmas of a resolved request. Only the shifted schedule looks at the number of tokens."""
     name, steps = request.schedule or "shifted", request.num_inference_steps or 1
@@ -334,43 +346,76 @@ def denoise(
     loras: Sequence[LoraFile] = (),
     is_guided: bool = True,
     sampler: str | None = None,  # default: the request's
+    tiles: Tensor | None = None,  # (tiles, H, W): what of the picture the model sees at once
     stage: str = "denoise",
 ) -> AV:
-    """Noise to clean latents: video (1, C, F, H, W), audio (1, C, T, bins) or None, in float32."""
+    """Noise to clean latents: video (1, C, F, H, W), audio (1, C, T, bins) or None, in float32.
+
+    A clip that is longer than the request's windows is made one window after the other.
+    """
     sigmas = schedule_of(request) if sigmas is None else sigmas
-    guided = {
-        name: GuidedModality(
-            state,
-            getattr(contexts[0], name),
-            # A frozen modality has neither a negative text nor guidance of its own.
-            getattr(contexts[1], name) if len(contexts) > 1 and name not in states.frozen else None,
-            guidance_of(request, name) if is_guided and name not in states.frozen else Guidance(),
-            is_frozen=name in states.frozen,
-        )
-        for name, state in (("video", states.video), ("audio", states.audio))
-        if state is not None
+    # A frozen modality has neither a negative text nor guidance of its own.
+    nag = {
+        name: NAG() if name in states.frozen else nag_of(request, name)
+        for name in ("video", "audio")
     }
+
+    def guided(name: str, state: LatentState | None) -> GuidedModality | None:
+        if state is None:
+            return None
+        context, *negative = (getattr(context, name) for context in contexts)
+        is_frozen = name in states.frozen
+        guidance = guidance_of(request, name) if is_guided and not is_frozen else Guidance()
+        if nag[name].is_on:
+            return GuidedModality(state, both_prompts(context, negative[0]), guidance=guidance)
+        negative = negative[0] if negative and is_guided and not is_frozen else None
+        return GuidedModality(state, context, negative, guidance, is_frozen=is_frozen)
+
+    windows = request.windows(models.profile.scale.time)
+    sample = sampler_of(sampler or request.sampler or "euler", request.seed)
     adapters = [(open_lora(lora.path), lora.strength) for lora in loras]
     with (
-        progress.stage(stage, len(sigmas) - 1) as advance,
+        progress.stage(stage, (len(sigmas) - 1) * len(windows)) as advance,
         models.transformer(adapters, audio_only=states.video is None) as transformer,
+        guided_text_attention(transformer, **nag),
     ):
-
-        def after_step(step: int, sigma: float, x: AV, denoised: AV) -> None:
-            advance(1)
-            progress.preview(lambda: _latents(denoised, states))
-
         for lora, strength in adapters:
             progress.note(f"{lora.name}: {coverage(transformer, lora)} at strength {strength:g}")
-        x = denoising.denoise(
-            _computing_in(models.dtype, transformer),
-            sigmas,
-            guided.get("video"),
-            guided.get("audio"),
-            sampler=sampler_of(sampler or request.sampler or "euler", request.seed),
-            generator=generator,
-            max_batch_size=request.max_batch_size,
-            callback=after_step,
+        model = _computing_in(models.dtype, transformer)
+        if tiles is not None:
+            model = in_tiles(model, tiles, models.profile.scale)
+
+        def run(video: LatentState | None, audio: LatentState | None, place: Place) -> AV:
+            def after_step(step: int, sigma: float, x: AV, denoised: AV) -> None:
+                advance(1)
+                progress.preview(lambda: _latents(place(denoised), states))
+
+            return denoising.denoise(
+                model,
+                sigmas,
+                guided("video", video),
+                guided("audio", audio),
+                sampler=sample,
+                generator=generator,
+                max_batch_size=request.max_batch_size,
+                callback=after_step,
+            )
+
+        grids = {"video": states.video_grid, "audio": states.audio_grid}
+        shape = request.shape
+        window = shape._replace(num_frames=request.window_frames or shape.num_frames)
+        x = denoise_in_windows(
+            run,
+            windows,
+            states.video,
+            states.audio,
+            own_tokens={name: grid.num_tokens for name, grid in grids.items() if grid is not None},
+            window_tokens={
+                name: grid_of(models, window).num_tokens
+                for name, grid_of in (("video", video_grid), ("audio", audio_grid))
+                if grids[name] is not None
+            },
+            frozen=states.frozen,
         )
     return _latents(x, states)
 
@@ -405,13 +450,14 @@ def refine(
         models,
         request,
         states,
-        contexts[:1],
+        contexts,
         generator,
         progress,
         sigmas=schedulers.table(schedulers.STAGE_2),
         loras=loras,
         is_guided=False,
         sampler=sampler,
+        tiles=refine_tiles(request.refine_tile, models.profile.scale, request.shape),
         stage="refine",
     )
 

@@ -1,4 +1,4 @@
-"""How large a piece of a clip the video decoder gets at once.
+"""How large a piece of a clip the video decoder, or a second stage, gets at once.
 
 Time is always tiled, so a longer clip needs no more memory and its first frames come early. Height
 and width stay whole where the memory that is free allows it, because a whole picture has no seams;
@@ -11,11 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from aiprod_core.components.tiled_model import tile_weights
 from aiprod_core.errors import InputError
 from aiprod_core.model.video_vae import VideoVAEConfig
 from aiprod_core.tiling import BySize, Tiling
-from aiprod_core.types import ScaleFactors
+from aiprod_core.types import ScaleFactors, VideoShape
 
 # What tiles aim at, rounded up to the VAE's grid: overlaps that hide the seams, and lengths.
 OVERLAP_PIXELS, OVERLAP_FRAMES = 64, 24
@@ -27,6 +29,10 @@ STREAMED_FRAMES = 48  # shorter, so that the first frames come early
 # padded and a converted copy, and the result of a convolution, and the residual. The most that was
 # measured in float32 on a CPU, over layouts like the released one and like nano's.
 LIVE_COPIES = 6
+# A block of the transformer holds this many of its widths a token at its peak, modulation and
+# feed-forward included; 34 to 41 were measured in float32 on a CPU.
+LIVE_WIDTHS = 42
+MIN_REFINE = 12  # latents; a smaller tile sees too little of the picture
 USABLE = 0.7  # of the free memory; the rest is for what others allocate meanwhile
 
 
@@ -95,6 +101,51 @@ def decode_bytes(
             channels *= block.multiplier
         widest = max(widest, channels / stride)
     return round(LIVE_COPIES * widest * cells * element_bytes)
+
+
+def choose_refine_tile(
+    spec: str,  # "auto", "off" or WIDTHxHEIGHT: a request's `refine_tile`
+    width: int,  # of the transformer's stream
+    scale: ScaleFactors,
+    size: tuple[int, int, int],  # frames, height, width of the clip in pixels
+    *,
+    element_bytes: int,
+    free_bytes: int,
+) -> str:
+    """ "off" or WIDTHxHEIGHT: the fewest tiles whose activations fit the free memory.
+
+    Raises InputError for a size that is off the VAE's grid.
+    """
+    frames, height, breadth = size
+    if spec == "off":
+        return spec
+    if spec != "auto":
+        tile = [int(part) for part in spec.split("x")]
+        for name, side, factor in zip(("width", "height"), tile, scale[:0:-1], strict=True):
+            _axis(name, side, factor, factor)
+        return spec
+    picture = height // scale.height, breadth // scale.width
+    per_place = ((frames - 1) // scale.time + 1) * width * LIVE_WIDTHS * element_bytes
+    tile, count = picture, 1
+    while tile[0] * tile[1] * per_place > USABLE * free_bytes and max(tile) > MIN_REFINE:
+        count += 1  # to a side, each sharing a quarter of itself with the next
+        tile = tuple(max(min(side, MIN_REFINE), -(-4 * side // (3 * count))) for side in picture)
+    if tile == picture:
+        return "off"
+    return f"{tile[1] * scale.width}x{tile[0] * scale.height}"
+
+
+def refine_tiles(spec: str, scale: ScaleFactors, shape: VideoShape) -> Tensor | None:
+    """The weights (tiles, H, W) of a chosen `refine_tile`; None for the whole picture.
+
+    Tiles share a quarter of themselves with the next.
+    """
+    if spec == "off":
+        return None
+    tile_width, tile_height = (int(part) for part in spec.split("x"))
+    tile = tile_height // scale.height, tile_width // scale.width
+    overlap = max(1, tile[0] // 4), max(1, tile[1] // 4)
+    return tile_weights((shape.height // scale.height, shape.width // scale.width), tile, overlap)
 
 
 def free_memory(device: torch.device) -> int:

@@ -4,6 +4,7 @@ Letters: B batch, N tokens, S context tokens, D width, heads, d head width.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,11 @@ class Attention(nn.Module):
         self.to_gate_logits = nn.Linear(query_width, heads) if is_gated else None
         self.to_out = nn.Sequential(nn.Linear(inner, query_width))
 
-    def forward(
+    def forward(self, x: Tensor, context: Tensor | None = None, **options: Any) -> Tensor:
+        """Returns (B, N, query_width); `options` are those of `mixed`."""
+        return self.to_out(self.mixed(x, context, **options))
+
+    def mixed(
         self,
         x: Tensor,
         context: Tensor | None = None,
@@ -58,7 +63,7 @@ class Attention(nn.Module):
         context_rotary: Rotary | None = None,
         keep: Tensor | bool = True,
     ) -> Tensor:
-        """Returns (B, N, query_width).
+        """What all heads mix, before it is projected: (B, N, heads * d).
 
         `mask` is added to the scores; `context_rotary` turns the keys and is `rotary` for
         self-attention. `keep` False replaces what attention mixes by each token's own value
@@ -80,7 +85,7 @@ class Attention(nn.Module):
         out = out.transpose(1, 2)  # (B, N, heads, d)
         if self.to_gate_logits is not None:
             out = out * (2 * torch.sigmoid(self.to_gate_logits(x)))[..., None]
-        return self.to_out(out.flatten(2))
+        return out.flatten(2)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         # Not einops: torch.compile would trace through it, which doubles a block's compile time.
