@@ -16,6 +16,12 @@ from aiprod_core.errors import InputError
 from aiprod_trainer.optimizers import muon_and_adamw
 
 
+def check_names(optimizer_type: str, scheduler_type: str) -> None:
+    """Raises InputError for a name that is none, with the nearest one."""
+    _chosen("optimizer_type", optimizer_type, OPTIMIZERS)
+    _chosen("scheduler_type", scheduler_type, SCHEDULES)
+
+
 def build_optimizers(
     name: str, model: nn.Module, learning_rate: float, params: Mapping[str, Any]
 ) -> list[Optimizer]:

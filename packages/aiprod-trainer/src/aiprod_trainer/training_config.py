@@ -11,6 +11,7 @@ from pydantic import Field
 from aiprod_core.errors import InputError
 from aiprod_trainer.config import Section, read_config
 from aiprod_trainer.modes import MODES, Condition, Mode, Stream, check_mode
+from aiprod_trainer.named_optimizers import check_names
 
 
 class ModelSection(Section):
@@ -174,6 +175,7 @@ def read_training_config(path: Path, overrides: list[str] | None = None) -> Trai
     """Reads and checks a configuration, across its sections too. Raises InputError."""
     config = read_config(path, TrainingConfig, overrides)
     check_mode(config.mode)
+    check_names(config.optimization.optimizer_type, config.optimization.scheduler_type)
     is_lora, acceleration = config.model.training_mode == "lora", config.acceleration
     for key in ("quantization", "blocks_to_swap"):
         if getattr(acceleration, key) and not is_lora:
