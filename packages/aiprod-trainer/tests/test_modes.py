@@ -150,12 +150,12 @@ def test_longer_sequences_are_trained_at_more_noise():
 
 
 def test_joint_and_clean_shares_are_kept():
-    generators = [torch.Generator().manual_seed(i) for i in range(4000)]
+    generators = [torch.Generator().manual_seed(i) for i in range(1000)]
     video, audio = draw_sigmas(
         generators, shift=0.0, uniform_share=0.0, joint_share=0.5, clean_share=0.25
     )
-    assert (video == audio).float().mean() == pytest.approx(0.5, abs=0.03)
-    assert ((video == 0) != (audio == 0)).float().mean() == pytest.approx(0.25, abs=0.03)
+    assert (video == audio).float().mean() == pytest.approx(0.5, abs=0.06)
+    assert ((video == 0) != (audio == 0)).float().mean() == pytest.approx(0.25, abs=0.06)
 
 
 @pytest.mark.parametrize(
