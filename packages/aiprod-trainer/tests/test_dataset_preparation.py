@@ -21,7 +21,7 @@ from aiprod_trainer.dataset.clips import Settings, parse_buckets, verify
 from aiprod_trainer.dataset.encode import mask_on_grid, mask_on_time
 from aiprod_trainer.dataset.prepare import (
     Model,
-    Run,
+    RunOptions,
     process_captions,
     process_dataset,
     process_videos,
@@ -63,8 +63,8 @@ def write_clip(path: Path, frames: np.ndarray, audio: np.ndarray | None = None) 
 
 @pytest.fixture(scope="module")
 def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten rows of the procedural world: six good clips (one without sound, one wide), a double
-    under another name, one cut short, one damaged inside, and one that is no video."""
+    """Rows of the procedural world: six good clips (one without sound, one wide), a double under
+    another name, one named twice, one cut short, one damaged inside, and one that is no video."""
     folder = tmp_path_factory.mktemp("footage")
     rng = np.random.default_rng(5)
     for index in range(6):
@@ -81,7 +81,7 @@ def footage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     flipped[start + 700 : start + 800] = bytes(100)
     (folder / "damaged.mp4").write_bytes(flipped)
     (folder / "text.mp4").write_text("not a video")
-    names = [f"good{i}" for i in range(6)] + ["double", "short", "damaged", "text"]
+    names = [f"good{i}" for i in range(6)] + ["double", "short", "damaged", "text", "good1"]
     lines = [{"video": f"{name}.mp4", "caption": "a red ball bounces"} for name in names]
     (folder / "clips.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -97,10 +97,10 @@ def prepared(table, tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Pat
     folder = tmp_path_factory.mktemp("prepared") / "out"
     summary = process_dataset(table, folder, Model(str(tiny_model)), SETTINGS)
     assert summary.as_json() == {
-        "clips": 10,
+        "clips": 11,
         "kept": 6,
         "skipped": 3,
-        "duplicate": 1,
+        "duplicate": 2,
         "parts": 4,
         "encoded_parts": 4,
     }
@@ -118,7 +118,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_what_is_left_out_is_listed_with_the_reason(prepared):
     lines = [json.loads(line) for line in (prepared / "skipped.jsonl").read_text().splitlines()]
     reasons = {line["clip"]: (line["state"], line["reason"]) for line in lines}
-    assert reasons.keys() == {"double.mp4", "short.mp4", "damaged.mp4", "text.mp4"}
+    assert reasons.keys() == {
+        "double.mp4",
+        "short.mp4",
+        "damaged.mp4",
+        "text.mp4",
+        "good1.mp4",
+    }
     assert reasons["double.mp4"] == ("duplicate", "the same picture and sound as good0.mp4")
     assert reasons["short.mp4"][0] == "skipped"
     assert "not media that can be read" in reasons["text.mp4"][1]
@@ -195,7 +201,7 @@ def test_killed_twice_and_run_again_it_ends_with_the_same_bytes(
     command = ["dataset", "process-dataset", str(footage / "clips.jsonl"), "-o", str(out)]
     command += ["--model", str(tiny_model), "--resolution-buckets", "32x32x9;48x32x9"]
     command += ["--clips-per-part", "3"]
-    for write in (5, 4):  # among the parts' latents, then among their texts
+    for write in (5, 8):  # among the parts' latents, then among their texts
         ended = subprocess.run([sys.executable, str(script), str(write), *command], check=False)
         assert ended.returncode == -signal.SIGKILL
         assert list(out.glob(".*.tmp"))
@@ -205,10 +211,13 @@ def test_killed_twice_and_run_again_it_ends_with_the_same_bytes(
     assert contents(out) == contents(prepared)
 
 
-def test_workers_make_the_same_bytes_as_one_process(prepared, table, tiny_model, tmp_path):
-    run = Run(Workers(2))
-    process_dataset(table, tmp_path / "out", Model(str(tiny_model)), SETTINGS, run)
-    assert contents(tmp_path / "out") == contents(prepared)
+def test_workers_make_the_same_latents_as_one_process(prepared, table, tiny_model, tmp_path):
+    out, run = tmp_path / "out", RunOptions(Workers(2))
+    process_videos(table, out, Model(str(tiny_model)), SETTINGS, run)
+    assert (out / "clips.jsonl").read_bytes() == (prepared / "clips.jsonl").read_bytes()
+    for path in out.glob("part-*.safetensors"):
+        expected = load_file(prepared / path.name)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(path).items())
 
 
 def test_videos_and_then_captions_are_the_same_as_both_at_once(
@@ -289,6 +298,14 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(
     with pytest.raises(InputError, match=message):
         process_dataset(table, tmp_path / "out", Model(str(tiny_model)), settings)
     assert not (tmp_path / "out").exists()
+
+
+def test_parts_that_others_made_are_left_alone(table, tiny_model, tmp_path):
+    foreign = tmp_path / "part-00000.safetensors"
+    foreign.write_bytes(b"theirs")
+    with pytest.raises(InputError, match="did not make"):
+        process_dataset(table, tmp_path, Model(str(tiny_model)), SETTINGS)
+    assert foreign.read_bytes() == b"theirs"
 
 
 def test_when_no_clip_can_be_used_it_says_why(footage, tiny_model, tmp_path):

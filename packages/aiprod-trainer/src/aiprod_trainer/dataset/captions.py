@@ -26,6 +26,7 @@ from PIL import Image
 from aiprod_core.errors import InputError
 from aiprod_pipelines import media
 from aiprod_pipelines.progress import Progress
+from aiprod_trainer.dataset.clips import jpeg
 from aiprod_trainer.dataset.journal import Journal, sole_run
 from aiprod_trainer.dataset.tables import VIDEO_SUFFIXES, media_files, read_table, write_table
 
@@ -164,11 +165,14 @@ def by_server(url: str, model: str = "default") -> Captioner:
 
     def ask(shown: Shown, settings: CaptionSettings) -> str:
         content: list[dict[str, Any]] = [
-            {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{_jpeg(frame)}"}}
+            {
+                "type": "image_url",
+                "image_url": {"url": f"data:image/jpeg;base64,{_base64(jpeg(frame))}"},
+            }
             for frame in shown.frames
         ]
         if shown.audio is not None:
-            sound = {"data": _wav(shown.audio), "format": "wav"}
+            sound = {"data": _base64(_wav(shown.audio)), "format": "wav"}
             content.append({"type": "input_audio", "input_audio": sound})
         about = f"The images are the frames of one clip, {shown.fps:.3g} a second. "
         content.append({"type": "text", "text": about + settings.instruction})
@@ -297,17 +301,15 @@ def _shrunk(frame: media.Frame) -> media.Frame:
     return np.asarray(Image.fromarray(frame).resize(size))
 
 
-def _jpeg(frame: media.Frame) -> str:
-    stream = io.BytesIO()
-    Image.fromarray(frame).save(stream, format="JPEG", quality=85)
-    return base64.b64encode(stream.getvalue()).decode()
-
-
-def _wav(audio: media.Audio) -> str:
+def _wav(audio: media.Audio) -> bytes:
     stream = io.BytesIO()
     with wave.open(stream, "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(audio.sample_rate)
         file.writeframes((np.clip(audio.samples[0], -1, 1) * 32767).astype("<i2").tobytes())
-    return base64.b64encode(stream.getvalue()).decode()
+    return stream.getvalue()
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode()

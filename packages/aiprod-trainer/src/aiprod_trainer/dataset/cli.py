@@ -455,11 +455,11 @@ def _settings(model_path: str, buckets: str | None, frame_rate: float | None, **
 def _run(workers: int, ray: str | None, device: str | None, overwrite: bool) -> Any:
     from aiprod_pipelines.components import choose_device
     from aiprod_pipelines.progress import RichProgress
-    from aiprod_trainer.dataset.prepare import Run
+    from aiprod_trainer.dataset.prepare import RunOptions
     from aiprod_trainer.dataset.workers import Workers
 
     gpus = 1 if ray is not None and choose_device(device).type == "cuda" else 0
-    return Run(Workers(workers, ray, gpus), RichProgress(), overwrite)
+    return RunOptions(Workers(workers, ray, gpus), RichProgress(), overwrite)
 
 
 def _say(summary: "Summary", folder: Path, as_json: bool) -> None:

@@ -62,7 +62,8 @@ class Settings:
     clips_per_part: int = 64
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self) | {"buckets": [str(bucket) for bucket in self.buckets]}
+        buckets = [str(bucket) for bucket in self.buckets]
+        return asdict(self) | {"buckets": buckets, "fps": float(self.fps)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Settings":
@@ -167,7 +168,7 @@ def _examine(clip: Clip, settings: Settings, thumbnails: Path) -> dict[str, Any]
             digest.update(column.encode() + clip.files[column].read_bytes())
     record |= {"content": digest.hexdigest(), "warnings": warnings}
     sheet = _thumbnail(rows, samples, bucket.num_frames / settings.fps)
-    write_whole(thumbnails / thumbnail_name(record), _jpeg(sheet))
+    write_whole(thumbnails / thumbnail_name(record), jpeg(sheet))
     return record
 
 
@@ -345,7 +346,8 @@ def _thumbnail(
     return np.concatenate(padded)
 
 
-def _jpeg(image: np.ndarray) -> bytes:
+def jpeg(image: np.ndarray) -> bytes:
+    """An image (height, width, 3) of uint8 as a JPEG file."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, format="JPEG", quality=85)
     return stream.getvalue()

@@ -93,7 +93,7 @@ def encode_latents(task: dict[str, Any]) -> bool:
     for values, bucket in zip(task["clips"], task["buckets"], strict=True):
         rows.append(latents_of(models, Clip.from_json(values), settings, bucket))
     tensors = {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
-    write_part(Path(task["path"]), tensors, settings.fps, {"latents": task["stamp"]})
+    write_part(Path(task["path"]), tensors, {"latents": task["stamp"]}, settings.fps)
     return True
 
 
@@ -132,25 +132,23 @@ def latents_of(
 def encode_text(task: dict[str, Any]) -> bool:
     """{model, device, dtype, text_encoder, path, captions, stamp}: gives a part its text.
 
-    `captions` has a list for each clip. Latents are taken over as they are.
+    `captions` has a list for each clip; None makes the file of the empty caption. Latents are taken
+    over as they are.
     """
-    path = Path(task["path"])
+    path, captions = Path(task["path"]), task["captions"]
     models = open_models(task["model"], task["device"], task["dtype"], task["text_encoder"])
+    if captions is None:
+        text = text_features(models, [""])
+        del text["lengths"]
+        write_part(path, text, {"text": task["stamp"]})
+        return True
+    text = text_features(models, [caption for group in captions for caption in group])
     latents = {k: v for k, v in load_file(path).items() if k not in (*TEXT, "lengths")}
-    fps, stamps = read_stamps(path)
-    text = text_features(models, [text for group in task["captions"] for text in group])
-    lines = "".join(json.dumps(group, ensure_ascii=False) + "\n" for group in task["captions"])
-    write_whole(path.with_suffix(".jsonl"), lines.encode())
-    write_part(path, latents | text, fps, stamps | {"text": task["stamp"]})
-    return True
-
-
-@torch.inference_mode()
-def encode_empty(task: dict[str, Any]) -> bool:
-    """{model, device, dtype, text_encoder, path}: the text tensors of a dropped caption."""
-    models = open_models(task["model"], task["device"], task["dtype"], task["text_encoder"])
-    text = text_features(models, [""])
-    write_whole(Path(task["path"]), save({k: v for k, v in text.items() if k != "lengths"}))
+    lines = [json.dumps(group, ensure_ascii=False) + "\n" for group in captions]
+    write_whole(path.with_suffix(".jsonl"), "".join(lines).encode())
+    metadata = read_metadata(path)
+    stamps = json.loads(metadata["stamps"]) | {"text": task["stamp"]}
+    write_part(path, latents | text, stamps, float(metadata["fps"]))
     return True
 
 
@@ -213,23 +211,26 @@ def stamp(*what: Any) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def read_stamps(path: Path) -> tuple[float, dict[str, str]]:
-    """A part's frames per second, and the stamps of what was made; no stamps without a part."""
-    if not path.is_file():
-        return 0.0, {}
+def read_stamps(path: Path) -> dict[str, str]:
+    """The stamps of what a file holds; none without a file."""
+    return json.loads(read_metadata(path).get("stamps", "{}")) if path.is_file() else {}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            return file.metadata() or {}
     except SafetensorError as error:
         raise InputError(f"{path}: damaged ({error}); remove it and run again.") from error
-    return float(metadata.get("fps", 0)), json.loads(metadata.get("stamps", "{}"))
 
 
 def write_part(
-    path: Path, tensors: Mapping[str, Tensor], fps: float, stamps: Mapping[str, str]
+    path: Path, tensors: Mapping[str, Tensor], stamps: Mapping[str, str], fps: float | None = None
 ) -> None:
     """Writes a part whole. The same content gives the same bytes."""
-    metadata = {"fps": f"{fps:g}", "stamps": json.dumps(stamps, sort_keys=True)}
+    metadata = {"stamps": json.dumps(stamps, sort_keys=True)}
+    if fps is not None:
+        metadata["fps"] = f"{fps:g}"
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata)
     # The library keeps metadata in a table of random order; put the header's in a fixed one.
     length = int.from_bytes(data[:8], "little")

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,8 @@ def sole_run(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise InputError(f"{folder}: another run is writing there; wait for it.") from None
         for leftover in folder.rglob(".*.tmp"):
-            leftover.unlink()
+            if re.fullmatch(r"\..+\.\d+\.tmp", leftover.name):  # as write_whole names them
+                leftover.unlink()
         yield
     finally:
         os.close(handle)

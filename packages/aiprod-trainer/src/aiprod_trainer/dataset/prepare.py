@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from aiprod_core.errors import InputError
+from aiprod_pipelines.components import BUNDLED
 from aiprod_pipelines.controls import make_control
 from aiprod_pipelines.progress import Progress
 from aiprod_trainer.dataset import encode
@@ -44,7 +45,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Run:
+class RunOptions:
     """How to run: the workers, what watches, and whether to start anew."""
 
     workers: Workers = field(default_factory=Workers)
@@ -95,14 +96,18 @@ class Summary:
 
 
 def process_videos(
-    clips: Sequence[Clip], folder: Path, model: Model, settings: Settings, run: Run | None = None
+    clips: Sequence[Clip],
+    folder: Path,
+    model: Model,
+    settings: Settings,
+    run: RunOptions | None = None,
 ) -> Summary:
     """Encodes pictures, sounds, references and masks; the text is left to `process_captions`.
 
     Raises InputError when not one clip can be used, for settings off the model's grid, and for a
     folder that was made with others.
     """
-    return _prepare(clips, folder, model, settings, run or Run(), with_text=False)
+    return _prepare(clips, folder, model, settings, run or RunOptions(), with_text=False)
 
 
 def process_dataset(
@@ -110,20 +115,26 @@ def process_dataset(
     folder: Path,
     model: Model,
     settings: Settings,
-    run: Run | None = None,
+    run: RunOptions | None = None,
     *,
     lora_trigger: str | None = None,
 ) -> Summary:
     """`process_videos` and then the text of every caption, led by `lora_trigger` if given."""
     return _prepare(
-        clips, folder, model, settings, run or Run(), with_text=True, lora_trigger=lora_trigger
+        clips,
+        folder,
+        model,
+        settings,
+        run or RunOptions(),
+        with_text=True,
+        lora_trigger=lora_trigger,
     )
 
 
 def process_captions(
     clips: Sequence[Clip],
     folder: Path,
-    run: Run | None = None,
+    run: RunOptions | None = None,
     *,
     text_encoder: str | None = None,
     device: str | None = None,
@@ -137,7 +148,13 @@ def process_captions(
     model = Model(made["model"], text_encoder, device, made["identity"]["dtype"])
     settings = Settings.from_json(made["settings"])
     return _prepare(
-        clips, folder, model, settings, run or Run(), with_text=True, lora_trigger=lora_trigger
+        clips,
+        folder,
+        model,
+        settings,
+        run or RunOptions(),
+        with_text=True,
+        lora_trigger=lora_trigger,
     )
 
 
@@ -146,7 +163,7 @@ def _prepare(
     folder: Path,
     model: Model,
     settings: Settings,
-    run: Run,
+    run: RunOptions,
     *,
     with_text: bool,
     lora_trigger: str | None = None,
@@ -170,6 +187,10 @@ def _prepare(
     with sole_run(folder):
         if run.overwrite:
             (folder / CHECKS).unlink(missing_ok=True)
+        elif any(folder.glob("part-*.safetensors")) and not (folder / "dataset.json").is_file():
+            raise InputError(
+                f"{folder}: holds parts that `aiprod dataset` did not make; give another folder."
+            )
         claim(folder / "dataset.json", made_with, overwrite=run.overwrite)
         rows = _check(clips, folder, settings, run)
         _sort_out(rows, needs_caption=with_text)
@@ -184,7 +205,7 @@ def _prepare(
         tasks = []
         for path, part in zip(paths, parts, strict=True):
             stamp = encode.stamp(made_with, [row.record["content"] for row in part])
-            if run.overwrite or encode.read_stamps(path)[1].get("latents") != stamp:
+            if run.overwrite or encode.read_stamps(path).get("latents") != stamp:
                 task = {"settings": settings.as_json(), "path": str(path), "stamp": stamp}
                 task["clips"] = [row.clip.as_json() for row in part]
                 task["buckets"] = [row.record["bucket"] for row in part]
@@ -194,18 +215,16 @@ def _prepare(
 
         if with_text:
             tasks = []
+            wanted: dict[Path, Any] = {folder / "empty.safetensors": None}
             for path, part in zip(paths, parts, strict=True):
-                captions = [_with_trigger(row.clip.captions, lora_trigger) for row in part]
+                wanted[path] = [_with_trigger(row.clip.captions, lora_trigger) for row in part]
+            for path, captions in wanted.items():
                 stamp = encode.stamp(identity, text_identity, captions)
-                if encode.read_stamps(path)[1].get("text") != stamp:
+                if encode.read_stamps(path).get("text") != stamp:
                     task = {"captions": captions, "path": str(path), "stamp": stamp}
                     tasks.append(text_names | task)
-            empty = folder / "empty.safetensors"
-            if tasks or not empty.is_file():
-                task = text_names | {"path": str(empty)}
-                _run("encode the empty caption", encode.encode_empty, [task], run)
             _run("encode captions", encode.encode_text, tasks, run)
-            encoded = max(encoded, len(tasks))
+            encoded = max(encoded, sum(task["captions"] is not None for task in tasks))
         encode.open_models.cache_clear()
 
         _remove_stale(folder, rows, set(paths))
@@ -214,7 +233,7 @@ def _prepare(
     return Summary(rows, len(parts), encoded)
 
 
-def _check(clips: Sequence[Clip], folder: Path, settings: Settings, run: Run) -> list[Row]:
+def _check(clips: Sequence[Clip], folder: Path, settings: Settings, run: RunOptions) -> list[Row]:
     """A row for each clip with what `check_clip` finds; what an earlier run found is kept."""
     thumbnails = folder / "thumbnails"
     thumbnails.mkdir(exist_ok=True)
@@ -239,14 +258,14 @@ def _check(clips: Sequence[Clip], folder: Path, settings: Settings, run: Run) ->
 
 def _sort_out(rows: Iterable[Row], *, needs_caption: bool) -> None:
     """Skips what cannot be used, and of clips with one content keeps the first."""
-    seen: dict[str, str] = {}
+    seen: dict[str, Row] = {}
     for row in rows:
         if "problem" in row.record:
             row.state, row.reason = SKIPPED, row.record["problem"]
         elif needs_caption and not row.clip.captions:
             row.state, row.reason = SKIPPED, f"{row.clip.name}: has no caption."
-        elif (first := seen.setdefault(row.record["content"], row.clip.name)) != row.clip.name:
-            row.state, row.reason = DUPLICATE, f"the same picture and sound as {first}"
+        elif (first := seen.setdefault(row.record["content"], row)) is not row:
+            row.state, row.reason = DUPLICATE, f"the same picture and sound as {first.clip.name}"
 
 
 def _group(rows: Iterable[Row], clips_per_part: int) -> list[list[Row]]:
@@ -268,7 +287,7 @@ def _group(rows: Iterable[Row], clips_per_part: int) -> list[list[Row]]:
     return parts
 
 
-def _run(name: str, function: Function, tasks: Sequence[Task], run: Run) -> None:
+def _run(name: str, function: Function, tasks: Sequence[Task], run: RunOptions) -> None:
     if not tasks:
         return
     with run.progress.stage(name, len(tasks)) as advance:
@@ -304,4 +323,6 @@ def _with_trigger(captions: Sequence[str], trigger: str | None) -> list[str]:
 
 def _absolute(name: str | None) -> str | None:
     """A path for every working directory; other names as they are."""
-    return str(Path(name).resolve()) if name is not None and Path(name).exists() else name
+    if name is None or name in BUNDLED or not Path(name).exists():
+        return name
+    return str(Path(name).resolve())

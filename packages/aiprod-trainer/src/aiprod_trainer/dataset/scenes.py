@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from aiprod_core.errors import InputError
 from aiprod_pipelines import media
 from aiprod_pipelines.progress import Progress
+from aiprod_trainer.dataset.clips import jpeg
 from aiprod_trainer.dataset.journal import claim, sole_run, write_whole
 from aiprod_trainer.dataset.tables import VIDEO_SUFFIXES, media_files, write_table
 
@@ -179,9 +179,7 @@ def _kept(frames: Iterator[media.Frame], pictures: dict[int, Path]) -> Iterator[
     """Passes frames on as chunks of one, and saves those that are asked for."""
     for index, frame in enumerate(frames):
         if index in pictures:
-            temporary = pictures[index].with_suffix(".tmp")
-            Image.fromarray(frame).save(temporary, format="JPEG", quality=90)
-            temporary.replace(pictures[index])
+            write_whole(pictures[index], jpeg(frame))
         yield frame[None]
 
 
