@@ -117,32 +117,44 @@ def spread_like(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like.device)
 
 
+def gather(tensors: Named, is_kept: bool) -> dict[str, Tensor]:
+    """Whole tensors, one after another; all processes take part, those that keep them have them."""
+    pairs = ((name, whole(tensor)) for name, tensor in tensors.items())
+    return {name: value for name, value in pairs if is_kept}
+
+
 def gather_state(
     parameters: Mapping[str, nn.Parameter],
     average: Named | None,
     optimizers: Iterable[Optimizer],
+    is_kept: bool = True,  # by this process
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All that decides the next step, as whole tensors, and the optimisers' scalar settings."""
-    tensors = {f"model/{name}": whole(p) for name, p in parameters.items()}
-    tensors |= {f"average/{name}": whole(value) for name, value in (average or {}).items()}
+    tensors: dict[str, Tensor] = {f"model/{name}": p for name, p in parameters.items()}
+    tensors |= {f"average/{name}": value for name, value in (average or {}).items()}
     names = {id(p): name for name, p in parameters.items()}
     groups = []
     for optimizer in optimizers:
         for parameter, slots in optimizer.state.items():
             for slot, value in slots.items():
-                value = whole(value) if isinstance(value, Tensor) else torch.tensor(value)
+                value = value if isinstance(value, Tensor) else torch.tensor(value)
                 tensors[f"optimizer/{names[id(parameter)]}/{slot}"] = value
         groups.append(
             [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
         )
-    return tensors, {"groups": groups}
+    return gather(tensors, is_kept), {"groups": groups}
 
 
 def save_state(path: Path, tensors: Named, step: int, facts: Mapping[str, Any]) -> None:
     """`gather_state`'s tensors and facts in one file."""
-    metadata = {"step": str(step), "facts": json.dumps(facts)}
-    # Clones: optimisers share tables between parameters, which the format does not allow.
-    save_file({k: v.clone().contiguous() for k, v in tensors.items()}, path, metadata=metadata)
+    seen: set[int] = set()
+    apart: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        # Optimisers share tables between parameters, which the format does not allow.
+        apart[name] = tensor.clone() if pointer in seen else tensor.contiguous()
+        seen.add(pointer)
+    save_file(apart, path, metadata={"step": str(step), "facts": json.dumps(facts)})
 
 
 @torch.no_grad()

@@ -21,14 +21,14 @@ from torch import Tensor
 from aiprod_core.errors import InputError
 from aiprod_core.loader import key_maps
 from aiprod_core.loader.checkpoint import Checkpoint
-from aiprod_core.loader.networks import AUDIO_PARTS
+from aiprod_core.loader.networks import AUDIO_PARTS, SOUND_PARTS
 from aiprod_core.model.audio_vae import AudioVAEConfig
 from aiprod_core.model.transformer import Transformer, TransformerConfig
 from aiprod_core.model.video_vae import VideoVAEConfig
 from aiprod_core.types import Modality, VideoShape
 from aiprod_trainer.adapters import attach, target_layers
 from aiprod_trainer.modes import tensor_name
-from aiprod_trainer.train import OF_SOUND, TEXT_LENGTHS, base_dtype, open_data, open_model
+from aiprod_trainer.train import TEXT_LENGTHS, base_dtype, open_data, open_model
 from aiprod_trainer.training_config import LoraSection, TrainingConfig
 
 GIB = 2**30
@@ -176,7 +176,6 @@ def _tokens_of(config: TrainingConfig, shapes: dict[str, tuple[int, ...]], text:
 def make_plan(config: TrainingConfig, checkpoint: Checkpoint, tokens: Tokens) -> Plan:
     acceleration, settings = config.acceleration, config.optimization
     is_lora = config.model.training_mode == "lora"
-    has_audio = tokens.audio > 0
     shapes = transformer_shapes(config, checkpoint)
     in_block, outside, per_layer = _weight_bytes(config, checkpoint, shapes)
     swapped = min(acceleration.blocks_to_swap, len(per_layer))
@@ -184,14 +183,10 @@ def make_plan(config: TrainingConfig, checkpoint: Checkpoint, tokens: Tokens) ->
     weights = in_block + outside - in_ram + (max(per_layer) if swapped else 0.0)
     connectors = _projector_bytes(config, checkpoint)
     if is_lora:
-        layers = _target_shapes(config, shapes, has_audio)
+        layers = _target_shapes(config, shapes)
         trained = sum(config.lora.rank * (out + into) for out, into in layers)
     else:
-        trained = sum(
-            torch.Size(shape).numel()
-            for name, shape in shapes.items()
-            if has_audio or not any(part in name for part in OF_SOUND)
-        )
+        trained = sum(torch.Size(shape).numel() for shape in shapes.values())
     copies = is_lora + (settings.ema_decay is not None)  # float32, beside the weights
     shards, gathered = 1, 0.0
     if acceleration.distributed == "fsdp" and acceleration.num_processes > 1:
@@ -224,12 +219,14 @@ def transformer_shapes(
     config: TrainingConfig, checkpoint: Checkpoint
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights that the mode loads."""
+    mode = config.mode
     return {
         name: info.shape
         for key, info in checkpoint.tensors.items()
         if (name := key_maps.TRANSFORMER.rename(key)) is not None
         and not name.endswith(("weight_scale", "input_scale"))
-        and (config.mode.video is not None or any(part in name for part in AUDIO_PARTS))
+        and (mode.video is not None or any(part in name for part in AUDIO_PARTS))
+        and (mode.audio is not None or not any(part in name for part in SOUND_PARTS))
     }
 
 
@@ -270,14 +267,13 @@ def _projector_bytes(config: TrainingConfig, checkpoint: Checkpoint) -> float:
 
 
 def _target_shapes(
-    config: TrainingConfig, shapes: dict[str, tuple[int, ...]], has_audio: bool
+    config: TrainingConfig, shapes: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[int, int]]:
     for name, shape in shapes.items():
         if len(shape) != 2 or not name.endswith(".weight"):
             continue
         layer = f".{name.removesuffix('.weight')}"
-        is_target = any(layer.endswith(f".{p}") for p in config.lora.target_modules)
-        if is_target and (has_audio or not any(part in name for part in OF_SOUND)):
+        if any(layer.endswith(f".{pattern}") for pattern in config.lora.target_modules):
             yield shape[0], shape[1]
 
 
@@ -325,6 +321,7 @@ def count_activations(
         audio_out_channels=max(1, transformer.audio_out_channels // heads),
         caption_channels=transformer.caption_channels and transformer.attention_head_dim,
         has_video=tokens.video > 0,
+        has_audio=tokens.audio > 0,
     )
     one, two = (kept_bytes(lora, is_half, replace(narrow, num_layers=n), few) for n in (1, 2))
     scale = heads * shorter
@@ -338,7 +335,6 @@ def kept_bytes(
     network = Transformer(config).to(torch.bfloat16 if is_half and lora else torch.float32)
     if lora is not None:
         layers = target_layers(network, lora.target_modules)
-        layers = [n for n in layers if tokens.audio or not any(part in n for part in OF_SOUND)]
         attach(network, layers, rank=lora.rank, alpha=lora.alpha)
     own = {p.untyped_storage().data_ptr() for p in network.parameters()}
     kept: dict[int, Tensor] = {}  # by storage; holding them keeps their places from being reused

@@ -11,6 +11,7 @@ One process, or several started by torchrun (`acceleration.distributed` says how
 """
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -58,8 +59,6 @@ from aiprod_trainer.validation import Validation
 
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TEXT_LENGTHS = {"minilm": 64, "gemma3": 1024}  # tokens, where the file does not say
-# Parts of the names of weights that only a joint run of both streams trains.
-OF_SOUND = ("audio", "a2v", "v2a", "av_ca")
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def _train(config: TrainingConfig, accelerator: Accelerator, *, resume: bool) ->
     checkpoint = open_model(config)
     sizes = read_sizes(checkpoint)
     data = open_data(config, checkpoint)
-    validation = Validation.prepare(config, device) if config.validation.interval else None
+    validation = Validation.prepare(config, device, factors(config, data))
     projector = load_text_projector(checkpoint, dtype=base_dtype(config))
     if not data.has_hidden_states:
         del projector.feature_extractor  # the larger part of it
@@ -105,7 +104,7 @@ def _train(config: TrainingConfig, accelerator: Accelerator, *, resume: bool) ->
     transformer = build_transformer(config, checkpoint, device)
     is_shared = accelerator.num_processes > 1
     model = accelerator.prepare(transformer) if is_shared else transformer
-    prepare_forward = accelerator.autocast if needs_autocast(config) else contextlib.nullcontext
+    precision = accelerator.autocast if needs_autocast(config) else contextlib.nullcontext
     parameters = checkpoints.trained_parameters(transformer)
     optimizers = build_optimizers(
         settings.optimizer_type, transformer, settings.learning_rate, settings.optimizer_params
@@ -126,8 +125,8 @@ def _train(config: TrainingConfig, accelerator: Accelerator, *, resume: bool) ->
     def save(step: int) -> Path:
         """Gathers on every process, writes on the first."""
         with ready_for_use(inner):
-            kept = gather(parameters if average is None else average)
-            state, facts = checkpoints.gather_state(parameters, average, inner)
+            kept = checkpoints.gather(parameters if average is None else average, is_main)
+            state, facts = checkpoints.gather_state(parameters, average, inner, is_main)
             if config.checkpoints.save_training_state == "minimal":
                 state = {k: v for k, v in state.items() if not k.startswith("optimizer/")}
 
@@ -173,9 +172,10 @@ def _train(config: TrainingConfig, accelerator: Accelerator, *, resume: bool) ->
             for number, (batch, rows) in enumerate(micro_batches := batches(step)):
                 is_last = number == len(micro_batches) - 1
                 syncs = contextlib.nullcontext() if is_last else accelerator.no_sync(model)
-                with syncs, prepare_forward():
+                with syncs:
                     examples = make_examples(config, batch, rows, step, projector, sizes, device)
-                    losses = losses_of(model, examples)
+                    with precision():
+                        losses = losses_of(model, examples)
                     loss = torch.stack([values.mean() for values in losses.values()]).sum()
                     accelerator.backward(loss / len(micro_batches))
                 report.losses(examples, losses)
@@ -216,7 +216,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     if precision == "fp16" and not is_on_cuda:
         raise InputError("acceleration.mixed_precision_mode fp16 needs CUDA; use bf16 or no.")
     plugin = None
-    if acceleration.distributed == "fsdp":
+    if acceleration.distributed == "fsdp" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
@@ -316,16 +316,15 @@ def build_transformer(
         dtype=base_dtype(config),
         device="cpu" if is_in_parts else device,
         audio_only=mode.video is None,
+        video_only=mode.audio is None,
     )
     if acceleration.quantization is not None:
         fitting.quantize_base(transformer, acceleration.quantization, device)
-    is_trained = partial(_is_trained, has_audio=mode.audio is not None)
     if is_lora:
         lora = config.lora
-        layers = filter(is_trained, adapters.target_layers(transformer, lora.target_modules))
         adapters.attach(
             transformer,
-            list(layers),
+            adapters.target_layers(transformer, lora.target_modules),
             rank=lora.rank,
             alpha=lora.alpha,
             dropout=lora.dropout,
@@ -335,9 +334,9 @@ def build_transformer(
             adapters.load_lora(transformer, checkpoints.published_file(start))
     else:
         # Memory-mapped tensors are the file's own: training writes to copies.
-        for name, parameter in transformer.named_parameters():
+        for parameter in transformer.parameters():
             parameter.data = parameter.data.clone()
-            parameter.requires_grad_(is_trained(name))
+            parameter.requires_grad_(True)
     blocks = list(transformer.transformer_blocks)
     swapped = min(acceleration.blocks_to_swap, len(blocks))
     if is_in_parts:
@@ -353,10 +352,6 @@ def build_transformer(
         for block in blocks:
             block.compile()
     return transformer
-
-
-def _is_trained(name: str, *, has_audio: bool) -> bool:
-    return has_audio or not any(part in name for part in OF_SOUND)
 
 
 # One step.
@@ -492,10 +487,6 @@ def seed_of(config: TrainingConfig, *numbers: int) -> int:
 
 def is_due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0
-
-
-def gather(tensors: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: checkpoints.whole(tensor) for name, tensor in tensors.items()}
 
 
 def as_yaml(config: TrainingConfig) -> str:

@@ -19,10 +19,15 @@ from aiprod_core.loader import networks
 from aiprod_pipelines import media, stages
 from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.components import ModelSet
-from aiprod_pipelines.controls import make_control
+from aiprod_pipelines.ic_lora import ICLoraPipeline
 from aiprod_pipelines.pipeline import Pipeline
 from aiprod_pipelines.progress import Progress
-from aiprod_pipelines.request import GenerationRequest, ImageCondition, PerModality
+from aiprod_pipelines.request import (
+    ControlCondition,
+    GenerationRequest,
+    ImageCondition,
+    PerModality,
+)
 from aiprod_pipelines.text_to_audio import TextToAudioPipeline
 from aiprod_pipelines.ti2vid_one_stage import TI2VidOneStagePipeline
 from aiprod_pipelines.tiles import free_memory
@@ -54,16 +59,23 @@ class Validation:
         config: TrainingConfig,
         models: ModelSet,
         requests: list[tuple[GenerationRequest, ValidationSample]],
+        reference_factors: tuple[int, int],
     ):
         self.config, self.models, self.requests = config, models, requests
+        self.reference_factors = reference_factors
 
     @classmethod
-    def prepare(cls, config: TrainingConfig, device: torch.device) -> "Validation | None":
-        """None without samples. Raises InputError for a request that no pipeline could run."""
+    def prepare(
+        cls, config: TrainingConfig, device: torch.device, reference_factors: tuple[int, int]
+    ) -> "Validation | None":
+        """None without samples. Raises InputError for a request that no pipeline could run.
+
+        `reference_factors` say by how much references are smaller in space and in time.
+        """
         settings = config.validation
         prompts = tuple(ValidationSample(prompt=prompt) for prompt in settings.prompts)
         samples = settings.samples + prompts
-        if not samples:
+        if not samples or settings.interval is None:
             return None
         model = config.model
         precision = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -79,7 +91,7 @@ class Validation:
         requests = [(pipeline.resolve(_request(config, s)), s) for s in samples]
         texts = [t for r, _ in requests for t in (r.text, r.negative_prompt or "")]
         models.use("text_encoder", _encoded(models, texts))
-        return cls(config, models, requests)
+        return cls(config, models, requests, reference_factors)
 
     @torch.no_grad()
     def run(self, transformer: nn.Module, folder: Path, step: int, writes: bool) -> list[File]:
@@ -118,11 +130,18 @@ class Validation:
         states = stages.add_images(stages.initial_states(models, request), images)
         assert sample.reference is not None and states.video is not None
         assert states.video_grid is not None
-        frames = stages.read_clip(sample.reference, request, scale_time=models.profile.scale.time)
-        if sample.control != "reference":
-            frames = make_control(sample.control, frames)
-        latent = stages.encode_frames(models, frames, progress)
-        video = conditioning.append_reference_video(states.video, states.video_grid, latent)
+        downscale, temporal_scale = self.reference_factors
+        control = ControlCondition(sample.control, sample.reference)
+        latent = ICLoraPipeline(models).encode_reference(
+            request, control, downscale, temporal_scale, progress
+        )
+        video = conditioning.append_reference_video(
+            states.video,
+            states.video_grid,
+            latent,
+            downscale=downscale,
+            temporal_scale=temporal_scale,
+        )
         latents = stages.denoise(
             models, request, replace(states, video=video), contexts, generator, progress
         )

@@ -36,6 +36,8 @@ AUDIO_PARTS = (
     "audio_scale_shift_table",
     "audio_caption_projection",
 )
+# What a network for the picture alone does not read.
+SOUND_PARTS = ("audio", "a2v", "v2a", "av_ca")
 SCALES = (".weight_scale", ".input_scale")
 
 
@@ -45,14 +47,17 @@ def load_transformer(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     audio_only: bool = False,
+    video_only: bool = False,
 ) -> Transformer:
-    """The transformer without its text connectors, or the audio half of a joint one.
+    """The transformer without its text connectors, or one half of a joint one.
 
     Weights that the file holds in fp8 stay so, in layers of `quantization.fp8`.
     """
     config = TransformerConfig.from_metadata(checkpoint.section("transformer"))
     if audio_only:
         config = replace(config, has_video=False)
+    if video_only:
+        config = replace(config, has_audio=False)
     transformer = load_module(
         checkpoint,
         key_maps.TRANSFORMER,
@@ -62,6 +67,7 @@ def load_transformer(
         keep=lambda name: (
             not name.endswith(SCALES)
             and (not audio_only or any(part in name for part in AUDIO_PARTS))
+            and (not video_only or not any(part in name for part in SOUND_PARTS))
         ),
     )
     if checkpoint.is_fp8:
