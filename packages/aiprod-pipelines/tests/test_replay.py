@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from aiprod_core.errors import InputError
 from aiprod_core.loader.checkpoint import open_checkpoint
-from aiprod_pipelines import media, recipe
+from aiprod_pipelines import flags, media, recipe
+from aiprod_pipelines.catalog import find_pipeline
 from aiprod_pipelines.cli import app
 from aiprod_pipelines.replay import open_replay
 
@@ -80,6 +81,60 @@ def test_a_changed_model_is_named_and_not_run(copy: Path, tiny_model: Path):
     assert "not the same latents" in result.stdout
     assert f"model file {model.name} has other contents" in result.stdout
     assert "denoise" not in result.stderr
+
+
+@pytest.fixture
+def split_model(tiny_model: Path, tmp_path: Path) -> dict[str, Path]:
+    """The tiny model as three files, in the split layout's way."""
+    folder = tmp_path / "split"
+    folder.mkdir()
+    shutil.copytree(tiny_model.parent / "text_encoder", folder / "text_encoder")
+    metadata = {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in open_checkpoint(tiny_model).metadata.items()
+    }
+    tensors = load_file(tiny_model)
+    prefixes = {"video_vae": ("vae.",), "audio_vae": ("audio_vae.", "vocoder.")}
+    parts = {
+        name: {key: tensors.pop(key) for key in list(tensors) if key.startswith(prefix)}
+        for name, prefix in prefixes.items()
+    }
+    paths = {}
+    for name, part in {"transformer": tensors, **parts}.items():
+        paths[name] = folder / f"tiny_{name}.safetensors"
+        save_file(part, paths[name], metadata)
+    return paths
+
+
+@pytest.mark.parametrize("is_named_by_folder", [True, False])
+def test_a_split_model_is_replayed_and_each_of_its_files_watched(
+    is_named_by_folder: bool, split_model: dict[str, Path], tmp_path: Path
+):
+    transformer, video, audio = split_model.values()
+    clip = tmp_path / "clip.mp4"
+    if is_named_by_folder:
+        made = aiprod("generate", "a red ball", "-m", video.parent, "--device", "cpu", "-o", clip)
+        assert made.exit_code == 0, made.output
+    else:
+        arguments = ["--transformer-path", transformer, "--video-vae-path", video]
+        arguments += ["--audio-vae-path", audio, "--prompt", "a red ball", "--device", "cpu"]
+        with pytest.raises(SystemExit) as stop:
+            flags.main(
+                find_pipeline("one-stage"),
+                [str(argument) for argument in (*arguments, "--output-path", clip)],
+            )
+        assert stop.value.code == 0
+    stored = recipe.read_recipe(clip)["model"]
+    assert {file["file"] for file in stored["files"]} == {p.name for p in split_model.values()}
+    result = aiprod("replay", clip, "--check")
+    assert result.exit_code == 0, result.output
+    for path in split_model.values():
+        before = path.read_bytes()
+        path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        result = aiprod("replay", clip, "--check")
+        assert result.exit_code == 1, result.output
+        assert f"model file {path.name} has other contents" in result.stdout
+        path.write_bytes(before)
 
 
 def test_a_moved_image_is_found_beside_the_clip_and_a_changed_one_is_named(

@@ -62,6 +62,7 @@ class Clip:
             {name: latent for name, latent in latents.items() if latent is not None},
             circumstances(self.models.device, self.models.dtype),
             self.models.text_encoder_source,
+            self.models.other_parts,
         )
 
     def save(self, path: str | Path) -> Path:

@@ -73,6 +73,7 @@ class ModelSet:
     dtype: torch.dtype
     text_encoder_source: Path | str | None = None
     keeps_loaded: bool = True
+    other_parts: tuple[Path, ...] = ()  # of a split model, given besides `name`
     _loaded: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -113,6 +114,7 @@ class ModelSet:
             dtype=chosen_dtype,
             text_encoder_source=text_encoder,
             keeps_loaded=size <= KEEP_LOADED_BYTES,
+            other_parts=tuple(Path(part) for part in other_parts),
         )
 
     @property

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,20 @@ def make_recipe(
     latents: dict[str, Tensor],
     computed_on: dict[str, str],
     text_encoder: Path | str | None = None,
+    other_parts: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """`latents` are the final ones by modality; `computed_on` is what `circumstances` gives."""
+    """`latents` are the final ones by modality; `computed_on` is what `circumstances` gives.
+
+    `other_parts` are files of a split model that were given besides `model`.
+    """
     return {
         "aiprod": FORMAT,
         "pipeline": pipeline,
-        "model": {"name": model, "files": [file_identity(path) for path in checkpoint.paths]},
+        "model": {
+            "name": model,
+            "other_parts": [str(path) for path in other_parts],
+            "files": [file_identity(path) for path in checkpoint.paths],
+        },
         "text_encoder": text_encoder_identity(text_encoder),
         "request": request.to_dict(),
         "inputs": {str(path): input_sha256(path) for path in request.input_files},

@@ -44,8 +44,9 @@ def open_replay(
 ) -> Replay:
     """Reads a clip's recipe, finds everything it names, and compares hashes; runs nothing.
 
-    The options replace what the recipe says. Files are looked for where they were, then beside the
-    clip. Raises InputError for a clip without a recipe and for files that are not there.
+    The options replace what the recipe says; `model` then stands for all parts of a split one.
+    Files are looked for where they were, then beside the clip. Raises InputError for a clip without
+    a recipe and for files that are not there.
     """
     recipe = recipes.read_recipe(path)
     if recipe["aiprod"] != recipes.FORMAT:
@@ -57,11 +58,13 @@ def open_replay(
     places = {name: _find(name, Path(path).parent) for name in recipe["inputs"]}
     request = GenerationRequest.from_dict(_relocated(recipe["request"], places))
     encoder = recipe.get("text_encoder") or {}
+    parts = [] if model else recipe["model"].get("other_parts", [])
     pipeline = find_pipeline(recipe["pipeline"]).from_model(
         model or recipe["model"]["name"],
         text_encoder=text_encoder or _still_there(encoder.get("source")),
         device=device or _device_of(recipe),
         dtype=dtype or recipe["computed_on"]["dtype"],
+        other_parts=[_find(part, Path(path).parent) for part in parts],
     )
     changed = [
         *_changed_files("model", recipe["model"]["files"], _model_files(pipeline.models)),
