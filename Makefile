@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PACKAGES := aiprod-core aiprod-pipelines aiprod-trainer aiprod-serve aiprod-nano
 EDITABLE := $(foreach package,$(PACKAGES),-e packages/$(package))
 
-.PHONY: help demo test test-serve lint parity footage clean
+.PHONY: help demo test test-serve lint parity eval footage clean
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
@@ -26,6 +26,10 @@ lint: $(VENV)/test.stamp ## check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+eval: $(VENV)/run.stamp ## score nano on 200 unseen prompts; goes on where it was stopped
+	mkdir -p outputs
+	$(BIN)/aiprod eval --model nano --json outputs/scores.json --html outputs/scores
 
 parity: $(VENV)/test.stamp ## compare with a golden set: make parity DIR=path
 	$(BIN)/python -m aiprod_core.parity $(DIR)

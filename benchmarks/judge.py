@@ -18,6 +18,7 @@ import numpy as np
 from rich.progress import track
 
 from aiprod_pipelines import media
+from aiprod_trainer.evaluation.clips import CRF, LOOKED_AT
 from aiprod_trainer.world.judge import Verdict, agreement, damage, judge, sync_error_ms
 from aiprod_trainer.world.render import render
 from aiprod_trainer.world.scene import WORLDS, sample_scene
@@ -87,7 +88,9 @@ def look_at(
     if condition == "file":
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "clip.mp4"
-            media.write_video(path, [frames], fps, audio=media.Audio(audio, SAMPLE_RATE))
+            side = max(LOOKED_AT, frames.shape[1])
+            large = media.enlarge([frames], height=side, width=side, method="nearest")
+            media.write_video(path, large, fps, audio=media.Audio(audio, SAMPLE_RATE), crf=CRF)
             frames = np.stack(list(media.read_frames(path)))
             audio = media.read_audio(path).samples
     return judge(frames, audio, SAMPLE_RATE, fps)

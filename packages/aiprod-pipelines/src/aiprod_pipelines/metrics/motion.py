@@ -5,6 +5,8 @@ Lengths are in frame widths, so that they do not depend on the resolution; x to 
 Shapes: F frames, h w the reduced picture that flow is measured on.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -13,6 +15,7 @@ import numpy as np
 
 FLOW_SIDE = 96  # flow is measured on pictures whose longer side has about this many pixels
 CORNER_SIDE = 256  # corners are followed on finer ones
+SURE = 0.15
 STILL = 0.003  # frame widths per frame; below this nothing moves
 
 
@@ -22,7 +25,8 @@ class CameraMotion:
 
     `right` and `down` are frame widths per second (scenery then moves left and up), `zoom` is the
     natural logarithm of the magnification per second, `roll` clockwise radians per second.
-    `confidence` is the share of tracked points that follow the camera; at 0 nothing was tracked.
+    `confidence` is the share of tracked points that follow the camera, less where those cover under
+    half of the picture; below `SURE` it may be an object that moves before an even background.
     """
 
     right: float
@@ -35,8 +39,10 @@ class CameraMotion:
     def name(self) -> str:
         """ "static", "dolly in/out/left/right", "jib up/down", "roll", by the largest part.
 
-        A zoom counts by how fast it moves the picture's border.
+        A zoom counts by how fast it moves the picture's border; what is not sure is "static".
         """
+        if self.confidence < SURE:
+            return "static"
         moves = {
             "dolly right": self.right,
             "dolly left": -self.right,
@@ -58,7 +64,8 @@ def optical_flow(frames: np.ndarray) -> np.ndarray:
     grey = reduced(frames)
     search = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     search.setFinestScale(0)
-    flows = [search.calc(a, b, None) for a, b in pairwise(grey)]  # pyright: ignore
+    with _one_thread():
+        flows = [search.calc(a, b, None) for a, b in pairwise(grey)]  # pyright: ignore
     if not flows:
         return np.zeros((0, *grey.shape[1:], 2), np.float32)
     return np.stack(flows) / grey.shape[2]
@@ -88,11 +95,17 @@ def camera_motion(frames: np.ndarray, fps: float) -> CameraMotion:
     A picture without texture shows no camera: `confidence` is then 0.
     """
     grey = reduced(frames, CORNER_SIDE)
+    with _one_thread():
+        return _fit_camera(grey, fps)
+
+
+def _fit_camera(grey: np.ndarray, fps: float) -> CameraMotion:
     height, width = grey.shape[1:]
     moves: list[np.ndarray] = []
     shares: list[float] = []
     for before, after in pairwise(grey):
-        points = cv2.goodFeaturesToTrack(before, 300, 0.01, 5)
+        # Apart from each other, weak ones too: the scenery must outvote what moves before it.
+        points = cv2.goodFeaturesToTrack(before, 500, 0.002, CORNER_SIDE / 28)
         if points is None or len(points) < 12:
             continue
         moved, status, _ = cv2.calcOpticalFlowPyrLK(before, after, points, None)  # pyright: ignore
@@ -107,11 +120,25 @@ def camera_motion(frames: np.ndarray, fps: float) -> CameraMotion:
             shift = -fit[:, 2] / width
             roll = -np.arctan2(fit[1, 0], fit[0, 0])
             moves.append(np.array([*shift, np.log(zoom), roll]))
-            shares.append(float(inliers.mean()))
+            cells = np.floor(points[found, 0][inliers[:, 0] == 1] / [width / 4, height / 4])
+            spread = len(np.unique(cells, axis=0)) / 16  # of the parts of the picture
+            shares.append(float(inliers.mean()) * min(2 * spread, 1.0))
     if not moves:
         return CameraMotion(0.0, 0.0, 0.0, 0.0, 0.0)
     right, down, zoom, roll = (float(v) for v in np.median(moves, axis=0) * fps)
     return CameraMotion(right, down, zoom, roll, float(np.mean(shares)) * len(moves) / len(grey))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """OpenCV's threads wait for each other by spinning: on small pictures and a busy machine that
+    made flow eighty times slower."""
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(0)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)
 
 
 def reduced(frames: np.ndarray, side: int = FLOW_SIDE) -> np.ndarray:

@@ -51,6 +51,7 @@ def read_clip(path: str | Path) -> tuple[np.ndarray | None, float, media.Audio |
 def measure(frames: np.ndarray | None, fps: float, audio: media.Audio | None) -> Report:
     """Measures frames (F, H, W, 3) in 0..255 and a sound, either of which may be absent."""
     figures: dict[str, float | str | None] = {}
+    flow: np.ndarray | None = None
     spans: dict[str, tuple[Span, ...]] = {}
     if frames is not None:
         spans["nonfinite"] = picture.nonfinite_spans(frames, fps)
@@ -88,7 +89,7 @@ def measure(frames: np.ndarray | None, fps: float, audio: media.Audio | None) ->
             "tone_prominence_db": tone.prominence_db if tone else None,
         }
     if frames is not None and audio is not None:
-        offset = sync.av_offset(frames, fps, audio)
+        offset = sync.av_offset(frames, fps, audio, flow=flow)
         figures |= {
             "av_offset_ms": offset.ms if offset else None,
             "av_offset_score": offset.score if offset else None,

@@ -45,14 +45,22 @@ class Offset:
 
 
 def av_offset(
-    frames: np.ndarray, fps: float, audio: Audio, max_offset_s: float = MAX_OFFSET_S
+    frames: np.ndarray,
+    fps: float,
+    audio: Audio,
+    max_offset_s: float = MAX_OFFSET_S,
+    *,
+    flow: np.ndarray | None = None,
 ) -> Offset | None:
     """The offset of a clip of any content; None where nothing happens in picture or sound.
 
-    What repeats evenly (footsteps) is only known up to its period.
+    What repeats evenly (footsteps) is only known up to its period. A flow that was measured already
+    may be given.
     """
     tolerance_s = max(0.03, 0.6 / fps)
-    return best_offset(motion_events(frames, fps), sound_events(audio), tolerance_s, max_offset_s)
+    flow = optical_flow(frames) if flow is None else flow
+    seen, heard = motion_events(flow, fps), sound_events(audio)
+    return best_offset(seen, heard, tolerance_s, max_offset_s)
 
 
 def best_offset(
@@ -100,14 +108,13 @@ def sound_events(audio: Audio) -> Events:
     return Events((peaks - 1) * step_s, weights, audio.duration_s)
 
 
-def motion_events(frames: np.ndarray, fps: float) -> Events:
-    """Frames weighted by how suddenly what moves changes its velocity there.
+def motion_events(flow: np.ndarray, fps: float) -> Events:
+    """Frames, weighted by how suddenly what moves changes its velocity there, from optical flow.
 
     The change is that of the flow along its own path, averaged over what moves; a steady
     acceleration (a fall) is no event, so the median change is taken off.
     """
-    flow = optical_flow(frames)
-    duration_s = len(frames) / fps
+    duration_s = (len(flow) + 1) / fps
     nothing = Events(np.zeros(0), np.zeros(0), duration_s)
     if len(flow) < 3:
         return nothing
