@@ -114,13 +114,15 @@ class Pipeline(ABC):
         """What of the picture the second stage sees at once, chosen now for the recipe's sake."""
         models, shape = self.models, request.shape
         weights = count_parameters(models.checkpoint)["transformer"] * models.dtype.itemsize
+        free = free_memory(models.device)
         return choose_refine_tile(
             request.refine_tile,
             models.transformer_config.width,
             models.profile.scale,
             (request.window_frames or shape.num_frames, shape.height, shape.width),
             element_bytes=models.dtype.itemsize,
-            free_bytes=free_memory(models.device) - weights,
+            # Weights that would leave less than a quarter are not all in memory at once.
+            free_bytes=max(free - weights, free // 4),
         )
 
     def distillation(self, request: GenerationRequest) -> list[LoraFile]:
