@@ -16,6 +16,7 @@ from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -61,6 +62,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(ValidationError, _on_invalid)
     app.add_exception_handler(InputError, _on_input_error)
+    app.add_exception_handler(OperationalError, _on_no_storage)
+    app.add_exception_handler(OSError, _on_no_storage)
     app.add_exception_handler(Exception, _on_error)
     _describe_bodies(app)
     app.add_middleware(
@@ -172,6 +175,18 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_input_error(request: Request, error: Exception) -> JSONResponse:
     return error_response(ApiError(400, str(error), code="invalid_request"))
+
+
+async def _on_no_storage(request: Request, error: Exception) -> JSONResponse:
+    """The database is away or the disk is full: it may pass."""
+    logger.error("%s %s: %s", request.method, request.url.path, error)
+    refusal = ApiError(
+        503,
+        "the server cannot store anything at present; try again later.",
+        code="storage_unavailable",
+        headers={"Retry-After": "10"},
+    )
+    return error_response(refusal)
 
 
 async def _on_error(request: Request, error: Exception) -> JSONResponse:

@@ -22,6 +22,9 @@ FOLDERS = ("inputs", "uploads", "work", "latents", "results")
 VIDEO, THUMBNAIL, SPRITESHEET = "video.mp4", "thumbnail.webp", "spritesheet.jpg"
 PREVIEW, LIVE = "preview.jpg", "live.mp4"
 
+# Kept free for a full disk, on which it must still be recorded that a job failed.
+RESERVE, RESERVE_BYTES = "reserve", 4 * 2**20
+
 # What no job names is removed only when it is older: its job may be about to be written down.
 ORPHAN_AGE_S = 600.0
 
@@ -34,6 +37,19 @@ class Files:
         for name in FOLDERS:
             (self.root / name).mkdir(parents=True, exist_ok=True)
         self.root.chmod(0o700)
+
+    def keep_reserve(self) -> None:
+        """Takes room while there is some; see RESERVE."""
+        path = self.root / RESERVE
+        if path.exists():
+            return
+        try:
+            path.write_bytes(bytes(RESERVE_BYTES))
+        except OSError:
+            path.unlink(missing_ok=True)
+
+    def spend_reserve(self) -> None:
+        (self.root / RESERVE).unlink(missing_ok=True)
 
     def inputs(self, job_id: str) -> Path:
         return self.root / "inputs" / job_id

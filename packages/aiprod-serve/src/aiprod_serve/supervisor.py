@@ -59,6 +59,7 @@ class Supervisor:
         )
         self.files = Files(settings.data_dir)
         self.files.create_folders()
+        self.files.keep_reserve()
         self.store.create_tables()
         if settings.is_public and not list_keys(self.database):
             raise InputError(
@@ -151,6 +152,7 @@ class Supervisor:
                 logger.warning("%s: %s", getattr(work, "__name__", "housekeeping"), error)
 
     def _expire(self) -> None:
+        self.files.keep_reserve()
         for job_id in self.store.expired(self.settings.keep_gb * 1e9):
             self.store.delete(job_id)
             self.files.remove(job_id)

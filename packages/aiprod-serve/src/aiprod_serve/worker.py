@@ -161,8 +161,9 @@ class Worker:
             code, message = explain(error)
             if code == "internal_error":
                 logger.exception("%s failed", job.id)
-            # First, for where the disk is full the failure itself needs room to be recorded.
             self.files.discard_work(job)
+            if code == "disk_full":
+                self.files.spend_reserve()
             self.files.latents(job.id).unlink(missing_ok=True)
             self._insist(lambda: self.store.fail(job, code, message))
         except BaseException:  # asked to stop: another worker goes on from the latents
