@@ -44,8 +44,9 @@ def build_optimizers(
 
 def adamw(model: nn.Module, lr: float, **params: Any) -> list[Optimizer]:
     parameters = _trained(model)
-    # One kernel for all parameters, where there is one for the device.
-    fused = parameters[0].device.type in ("cpu", "cuda")
+    # One kernel for all parameters, where there is one; spread ones (DTensor) have none.
+    is_whole = not hasattr(parameters[0], "full_tensor")
+    fused = is_whole and parameters[0].device.type in ("cpu", "cuda")
     return [AdamW(parameters, lr=lr, **({"fused": fused} | params))]
 
 

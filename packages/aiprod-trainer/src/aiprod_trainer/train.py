@@ -11,7 +11,6 @@ One process, or several started by torchrun (`acceleration.distributed` says how
 """
 
 import contextlib
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,11 +23,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import (
-    AutocastKwargs,
-    DistributedDataParallelKwargs,
-    FullyShardedDataParallelPlugin,
-)
+from accelerate.utils import AutocastKwargs, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -102,8 +97,7 @@ def _train(config: TrainingConfig, accelerator: Accelerator, *, resume: bool) ->
         del projector.feature_extractor  # the larger part of it
     projector.to(device)
     transformer = build_transformer(config, checkpoint, device)
-    is_shared = accelerator.num_processes > 1
-    model = accelerator.prepare(transformer) if is_shared else transformer
+    model = share(transformer, config, accelerator)
     precision = accelerator.autocast if needs_autocast(config) else contextlib.nullcontext
     parameters = checkpoints.trained_parameters(transformer)
     optimizers = build_optimizers(
@@ -215,19 +209,9 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
         raise InputError("acceleration.device cuda: PyTorch finds no CUDA GPU here; try cpu.")
     if precision == "fp16" and not is_on_cuda:
         raise InputError("acceleration.mixed_precision_mode fp16 needs CUDA; use bf16 or no.")
-    plugin = None
-    if acceleration.distributed == "fsdp" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["Block"],
-            reshard_after_forward=True,
-            cpu_ram_efficient_loading=False,
-        )
     return Accelerator(
         mixed_precision="no" if is_lora and precision == "bf16" else precision,
         cpu=acceleration.device == "cpu",
-        fsdp_plugin=plugin,
         kwargs_handlers=[
             # Streams take turns: in the last block some of a given stream's weights do nothing.
             DistributedDataParallelKwargs(find_unused_parameters=True),
@@ -352,6 +336,27 @@ def build_transformer(
         for block in blocks:
             block.compile()
     return transformer
+
+
+def share(transformer: Transformer, config: TrainingConfig, accelerator: Accelerator) -> nn.Module:
+    """The network among several processes: whole in each (DDP), or spread over them (FSDP2).
+
+    Spread in place and by hand, since accelerate's FSDP leaves out the CPU.
+    """
+    if accelerator.num_processes == 1:
+        return transformer
+    if config.acceleration.distributed == "ddp":
+        return accelerator.prepare(transformer)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    # Weights travel in 16 bits where they compute so. Inputs stay: rotary tables are float32.
+    dtype = DTYPES[config.acceleration.mixed_precision_mode] if needs_autocast(config) else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, cast_forward_inputs=False)
+    for block in transformer.transformer_blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(transformer, mesh=mesh, mp_policy=policy)
 
 
 # One step.

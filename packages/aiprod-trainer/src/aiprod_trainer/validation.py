@@ -35,6 +35,7 @@ from aiprod_trainer.modes import tensor_name
 from aiprod_trainer.training_config import TrainingConfig, ValidationSample
 
 File = tuple[Path, np.ndarray]
+GEMMA_BYTES = 26e9  # in bfloat16, where only a hub id is known
 
 
 class KnownTexts:
@@ -151,7 +152,7 @@ class Validation:
 def _encoded(models: ModelSet, texts: Sequence[str]) -> KnownTexts:
     """On the model's device where the encoder's files fit into its free memory, else on the CPU."""
     source = Path(models.text_encoder_source or "")
-    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors")) or GEMMA_BYTES
     device = models.device if size < free_memory(models.device) else torch.device("cpu")
     encoder = networks.load_text_encoder(
         models.checkpoint, models.text_encoder_source, device=device
