@@ -53,29 +53,38 @@ class Context:
 
     def job(self, job_id: str, owner: str) -> Job:
         """Raises ApiError 404 for a job that is not there, or another's."""
-        job = self.store.get(job_id, owner)
+        is_possible = job_id.isascii() and job_id.isprintable()
+        job = self.store.get(job_id, owner) if is_possible else None
         if job is None:
             raise ApiError(404, "no such video, or it has expired.", code="video_not_found")
         return job
 
 
-def context_of(request: Request) -> Context:
+# Asynchronous, for a thread each would cost more than they do: keys are read every few seconds.
+
+
+async def _context(request: Request) -> Context:
     return request.app.state.context
 
 
-def _may_generate(request: Request) -> Caller:
-    return context_of(request).gatekeeper.admit(request.headers.get("authorization"), "generate")
+async def _may_generate(request: Request) -> Caller:
+    return _admit(request, "generate")
 
 
-def _may_read(request: Request) -> Caller:
-    return context_of(request).gatekeeper.admit(request.headers.get("authorization"), "read")
+async def _may_read(request: Request) -> Caller:
+    return _admit(request, "read")
 
 
-def _may_measure(request: Request) -> Caller:
-    return context_of(request).gatekeeper.admit(request.headers.get("authorization"), "metrics")
+async def _may_measure(request: Request) -> Caller:
+    return _admit(request, "metrics")
 
 
-Served = Annotated[Context, Depends(context_of)]
+def _admit(request: Request, scope: str) -> Caller:
+    context: Context = request.app.state.context
+    return context.gatekeeper.admit(request.headers.get("authorization"), scope)
+
+
+Served = Annotated[Context, Depends(_context)]
 Generator = Annotated[Caller, Depends(_may_generate)]
 Reader = Annotated[Caller, Depends(_may_read)]
 Meter = Annotated[Caller, Depends(_may_measure)]

@@ -34,9 +34,14 @@ def error_response(error: HTTPException) -> JSONResponse:
     status = error.status_code
     kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     body = {
-        "message": str(error.detail),
+        "message": _sendable(str(error.detail)),
         "type": kind,
-        "param": getattr(error, "param", None),
+        "param": _sendable(getattr(error, "param", None)),
         "code": getattr(error, "code", None),
     }
     return JSONResponse({"error": body}, status, headers=error.headers)
+
+
+def _sendable(text: str | None) -> str | None:
+    """JSON may name fields that UTF-8 cannot write: lone surrogates."""
+    return None if text is None else text.encode("utf-8", "replace").decode()

@@ -71,12 +71,13 @@ async def create_video(
 ) -> Video:
     """Queues a clip, from JSON or from a form that carries its files."""
     body, attached = await read_body(request, VideoCreate, served, caller.owner)
-    job = await to_thread.run_sync(
-        lambda: served.submissions.create(
-            caller.owner, body.model_copy(update=attached), idempotency_key=idempotency_key
-        )
-    )
-    return _answer(served, job, response)
+    body = body.model_copy(update=attached)
+
+    def queue() -> Video:
+        job = served.submissions.create(caller.owner, body, idempotency_key=idempotency_key)
+        return _answer(served, job, response)
+
+    return await to_thread.run_sync(queue)
 
 
 @router.get("/videos", response_model=VideoList)

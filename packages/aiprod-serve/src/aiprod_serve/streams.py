@@ -19,7 +19,7 @@ from aiprod_serve.schemas import Video
 
 router = APIRouter(prefix="/v1/videos", responses=ERRORS, tags=["Watching"])
 
-POLL_S = 0.3
+POLL_S, POLL_QUEUED_S = 0.3, 1.0
 KEEP_ALIVE_S = 15.0
 READ_BYTES = 2**18
 
@@ -74,8 +74,9 @@ async def _events(served: Context, job: Job, owner: str) -> AsyncIterator[str]:
         elif quiet_s > KEEP_ALIVE_S:
             quiet_s = 0.0
             yield ": still here\n\n"
-        await asyncio.sleep(POLL_S)
-        quiet_s += POLL_S
+        wait_s = POLL_QUEUED_S if job.status == "queued" else POLL_S
+        await asyncio.sleep(wait_s)
+        quiet_s += wait_s
         found = await to_thread.run_sync(served.store.get, job.id, owner)
         if found is None:
             yield _event("deleted", {"id": job.id})

@@ -35,6 +35,9 @@ SCALES = ("cfg_scale", "stg_scale", "modality_scale", "rescale_scale")
 FILES = ("audio", "source")
 FILE_LISTS = ("images", "keyframes", "controls")
 
+# Longer clips than these many frames for every second that is allowed are refused.
+MAX_FPS = 60
+
 # How soon a full queue is worth another try.
 RETRY_AFTER_S = 5
 
@@ -308,6 +311,11 @@ class Submissions:
         if shape.duration_s > limits.max_clip_s:
             raise InputError(
                 f"a clip of {shape.duration_s:.1f} s is above this server's {limits.max_clip_s:g}."
+            )
+        most_frames = int(limits.max_clip_s * MAX_FPS) + 1
+        if shape.num_frames > most_frames:
+            raise InputError(
+                f"{shape.num_frames} frames are above this server's {most_frames}; give fewer."
             )
         if (request.num_inference_steps or 0) > limits.max_steps:
             raise InputError(

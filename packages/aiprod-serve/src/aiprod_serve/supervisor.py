@@ -98,7 +98,7 @@ class Supervisor:
 
     def _worker(self, index: int) -> Child:
         device = self.settings.devices[index]
-        name = f"{socket.gethostname()}/{self.settings.port}/{index}"
+        name = f"{socket.gethostname()}/{self.port}/{index}"
 
         def died() -> None:
             self.store.release_worker(name)
