@@ -42,12 +42,15 @@ def folder_of(folder: Path, step: int) -> Path:
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint below a run's folder."""
-    found = sorted(
-        path
-        for path in (folder / "checkpoints").glob("step-*")
-        if re.fullmatch(r"step-\d+", path.name)
-    )
+    found = complete_checkpoints(folder)
     return found[-1] if found else None
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """In the order of their steps; none that is still being written."""
+    found = (folder / "checkpoints").glob("step-*")
+    complete = [path for path in found if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def published_file(path: Path) -> Path:
@@ -76,8 +79,7 @@ def write_checkpoint(
     shutil.rmtree(path, ignore_errors=True)
     os.rename(temporary, path)
     _sync(path.parent)
-    complete = sorted(p for p in path.parent.iterdir() if re.fullmatch(r"step-\d+", p.name))
-    for old in complete[: -keep_last_n or None] if keep_last_n > 0 else []:
+    for old in complete_checkpoints(folder)[:-keep_last_n] if keep_last_n > 0 else []:
         shutil.rmtree(old)
     return path
 
@@ -102,12 +104,12 @@ def is_spread(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """A tensor on the CPU, gathered where it is spread over processes (a call of all of them)."""
     return (tensor.full_tensor() if is_spread(tensor) else tensor).detach().cpu()
 
 
-def spread_like(value: Tensor, like: Tensor) -> Tensor:
+def spread_like(value: Tensor, like: Any) -> Tensor:
     """The inverse of `whole`: on the device, and over the processes, of `like`."""
     if is_spread(like):
         from torch.distributed.tensor import distribute_tensor

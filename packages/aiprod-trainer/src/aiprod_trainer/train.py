@@ -11,6 +11,7 @@ One process, or several started by torchrun (`acceleration.distributed` says how
 """
 
 import contextlib
+import importlib.util
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -224,8 +225,13 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
 
 
 def trackers(config: TrainingConfig) -> list[str]:
+    """Raises InputError for one that is not installed; accelerate would leave it out in silence."""
     sections = {"tensorboard": config.tensorboard, "wandb": config.wandb, "trackio": config.trackio}
-    return [name for name, section in sections.items() if section.enabled]
+    names = [name for name, section in sections.items() if section.enabled]
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"{name}.enabled needs a package: pip install {name}")
+    return names
 
 
 def base_dtype(config: TrainingConfig) -> torch.dtype:
