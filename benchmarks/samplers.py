@@ -3,10 +3,11 @@
     python benchmarks/samplers.py --model nano --seeds 16 --json samplers.json
 
 Every seed's clip is made by Euler in 200 steps, the reference, and by each sampler in few steps
-from the same noise, with the model's own schedule and guidance. The distance is the root mean square
-difference of the final latents over the root mean square of the reference, picture and sound each,
-and their mean. Two claims are judged seed by seed: gradient estimation in 20 steps is at least as
-near as Euler in 40, and DPM++ 2M in 15 as Euler in 30; the interval is a bootstrap over seeds.
+from the same noise, with the model's own schedule and guidance. The distance is the root mean
+square difference of the final latents over the root mean square of the reference, picture and
+sound each, and their mean. Two claims are judged seed by seed: gradient estimation in 20 steps is
+at least as near as Euler in 40, and DPM++ 2M in 15 as Euler in 30; the interval is a bootstrap
+over seeds.
 res-2s draws noise of its own, so it is not expected to come near.
 """
 
