@@ -19,6 +19,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import IntegrityError
 
 from aiprod_serve import webhooks
 from aiprod_serve.database import Database, metadata
@@ -58,7 +59,7 @@ jobs = sa.Table(
     sa.Column("crashes", sa.Integer, nullable=False, default=0),
     sa.Column("lease_until", sa.Float),
     sa.Column("is_cancel_requested", sa.Boolean, nullable=False, default=False),
-    sa.Column("num_bytes", sa.Integer, nullable=False, default=0),  # of the result's files
+    sa.Column("num_bytes", sa.BigInteger, nullable=False, default=0),  # of the result's files
     sa.Column("timings", sa.Text),  # seconds by stage as JSON
     sa.UniqueConstraint("owner", "idempotency_key"),
     sa.Index("jobs_by_status", "status", "created_at", "id"),
@@ -186,6 +187,12 @@ class JobStore:
 
         Raises QueueFullError and IdempotencyError.
         """
+        try:
+            return self._submit(new)
+        except IntegrityError:  # in PostgreSQL another may come between: now it is found
+            return self._submit(new)
+
+    def _submit(self, new: NewJob) -> tuple[Job, bool]:
         with self.database.writing() as connection:
             if new.idempotency_key is not None:
                 earlier = self._find_by_key(connection, new.owner, new.idempotency_key)

@@ -128,7 +128,7 @@ class Submissions:
         owner: str,
         body: VideoCreate,
         *,
-        idempotency_key: str | None = None,
+        idempotency_key: str | None = None,  # the same again gives the same job
     ) -> Job:
         """Queues what a body asks for. Raises ApiError or InputError."""
         fingerprint = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
@@ -143,7 +143,8 @@ class Submissions:
         if body.input_reference is not None:
             first = self._file(owner, body.input_reference, "input_reference")
             values["images"] = [{"path": first}, *values.get("images", [])]
-        name = body.pipeline or self._usual_pipeline(values)
+        is_longer = body.num_frames is not None or body.seconds is not None
+        name = body.pipeline or self._usual_pipeline(values, is_longer)
         self._apply_size_and_seconds(values, model, name, body.size, body.seconds)
         return self._queue(
             NewJob(
@@ -227,10 +228,9 @@ class Submissions:
             reference = next(name for name in names if name is not None)
         return str(self.uploads.find(owner, reference, param))
 
-    def _usual_pipeline(self, values: Mapping[str, Any]) -> str:
+    def _usual_pipeline(self, values: Mapping[str, Any], is_longer: bool) -> str:
         if "source" in values:
-            is_retake = "num_frames" not in values
-            return "retake" if is_retake else "extend"
+            return "extend" if is_longer else "retake"
         if values.get("controls"):
             return "ic-lora"
         return "keyframes" if values.get("keyframes") else self.settings.pipeline

@@ -5,6 +5,7 @@ from a client would let it reach whatever the server can. An event is stored wit
 it tells of and sent afterwards, again and again until it is received, in growing intervals.
 """
 
+import base64
 import json
 import logging
 import secrets
@@ -61,7 +62,7 @@ def add_endpoint(database: Database, url: str, owner: str | None = None) -> Endp
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise InputError(f"{url}: a webhook is sent to an http:// or https:// address.")
     # 24 random bytes in the standard's own form.
-    secret = "whsec_" + _base64(secrets.token_bytes(24))
+    secret = "whsec_" + base64.b64encode(secrets.token_bytes(24)).decode()
     endpoint = Endpoint(f"we_{secrets.token_hex(8)}", url, secret, owner)
     with database.writing() as connection:
         connection.execute(endpoints.insert().values(**endpoint.__dict__))
@@ -145,9 +146,3 @@ def _send(client: httpx.Client, event_id: str, url: str, secret: str, body: str)
         logger.info("webhook %s: %s", event_id, type(error).__name__)
         return False
     return answer.is_success
-
-
-def _base64(data: bytes) -> str:
-    import base64
-
-    return base64.b64encode(data).decode()
