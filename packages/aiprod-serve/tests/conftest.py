@@ -17,6 +17,7 @@ import pytest
 import uvicorn
 from fastapi.testclient import TestClient
 
+from aiprod_pipelines.components import ModelSet
 from aiprod_serve.app import create_app
 from aiprod_serve.database import Database
 from aiprod_serve.jobs import JobStore, NewJob
@@ -67,10 +68,17 @@ def client(settings: Settings) -> Iterator[TestClient]:
         yield made
 
 
+@pytest.fixture(scope="session")
+def loaded_models() -> dict[tuple[str, bool], ModelSet]:
+    """Stay loaded between tests, as between a worker's jobs."""
+    return {}
+
+
 @pytest.fixture
-def worker(settings: Settings, client: TestClient) -> Iterator[Worker]:
+def worker(settings: Settings, client: TestClient, loaded_models) -> Iterator[Worker]:
     """Works until the test ends."""
     made = Worker(settings, "test/0", "cpu")
+    made._models = loaded_models
     thread = threading.Thread(target=made.run)
     thread.start()
     yield made

@@ -89,6 +89,7 @@ def test_openais_client_gets_its_own_errors(server: str):
     [
         ({"num_frames": 12}, "4k+1; got 12, try 13"),
         ({"width": 45}, "width must be a multiple of 8; got 45, try 48"),
+        ({"num_frames": 4001, "frame_rate": 1000}, "4001 frames are above this server's 3601"),
         ({"num_inference_steps": 500}, "500 steps are above this server's 200"),
         ({"pipeline": "one-stag"}, "try one-stage"),
         ({"sampler": "eulr"}, "try euler"),

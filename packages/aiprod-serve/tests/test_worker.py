@@ -24,9 +24,10 @@ New = Callable[..., NewJob]
 
 
 @pytest.fixture
-def idle(settings: Settings, client: TestClient) -> Worker:
+def idle(settings: Settings, client: TestClient, loaded_models) -> Worker:
     """A worker that works when it is told to; the client's app has made the folders."""
     made = Worker(settings, "idle/0", "cpu")
+    made._models = loaded_models
     made.store.register_worker("idle/0", "cpu")
     return made
 
