@@ -1,7 +1,7 @@
 """What every route works with, and who may call it."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
@@ -98,6 +98,6 @@ _REASONS = {
     413: "Too long.",
     429: "The queue is full, or the key's rate is used up; see Retry-After.",
 }
-ERRORS = {
+ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorEnvelope, "description": text} for status, text in _REASONS.items()
 }

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import sqlalchemy as sa
+from sqlalchemy import event
 from sqlalchemy.engine import Connection, Engine
 
 metadata = sa.MetaData()
@@ -47,14 +48,14 @@ def _open(url: str) -> Engine:
         url, connect_args={"timeout": 30, "check_same_thread": False}, pool_size=40
     )
 
-    @sa.event.listens_for(engine, "connect")
+    @event.listens_for(engine, "connect")
     def _on_connect(connection, record) -> None:
         connection.isolation_level = None  # transactions are begun below
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute("PRAGMA foreign_keys=ON")
 
-    @sa.event.listens_for(engine, "begin")
+    @event.listens_for(engine, "begin")
     def _on_begin(connection: Connection) -> None:
         # A deferred transaction that reads first and then writes fails when another got between.
         is_read = connection.get_execution_options().get("aiprod_reads", False)
