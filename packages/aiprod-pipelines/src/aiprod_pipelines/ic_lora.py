@@ -123,8 +123,10 @@ class ICLoraPipeline(Pipeline):
         """A control's signal as a latent (1, C, f, h, w)."""
         time = self.models.profile.scale.time
         frames = stages.read_clip(control.path, request, scale_time=time * temporal_scale)
-        if len(frames) < request.shape.num_frames and len(frames) > 1:
-            progress.note(f"{control.path}: steers the first {len(frames)} frames; it ends there")
+        num_frames = request.shape.num_frames
+        is_video = (media.probe(control.path).num_frames or 1) > 1  # an image steers the first
+        if is_video and len(frames) < num_frames:
+            progress.note(f"{control.path}: steers the first {len(frames)} of {num_frames} frames")
         if control.kind in MADE_CONTROLS:
             with progress.stage(f"make {control.kind}"):
                 frames = make_control(control.kind, frames)
