@@ -494,7 +494,7 @@ def list_pipelines(as_json: JsonFlag = False) -> None:
         typer.echo(json.dumps(entries))
         return
     rows = [(name, entry.summary, entry.inputs) for name, entry in PIPELINES.items()]
-    _print_table(("pipeline", "", "inputs"), rows)
+    print_table(("pipeline", "", "inputs"), rows)
 
 
 @app.command()
@@ -529,7 +529,7 @@ def inspect(
         "versions": ", ".join(f"{name} {number}" for name, number in recipe["versions"].items()),
         "latents sha256": recipe["latents_sha256"],
     }
-    _print_table(("", ""), list(rows.items()))
+    print_table(("", ""), list(rows.items()))
 
 
 @app.command()
@@ -604,7 +604,7 @@ def list_models(as_json: JsonFlag = False) -> None:
         typer.echo(json.dumps(found))
         return
     rows = [(m["name"], _size(m["bytes"]) if m["bytes"] else "-", m["note"]) for m in found]
-    _print_table(("model", "size", ""), rows)
+    print_table(("model", "size", ""), rows)
 
 
 @models_app.command("show")
@@ -631,10 +631,10 @@ def show_model(
     rows += [(f"default {name}", _as_text(value)) for name, value in facts["defaults"].items()]
     rows += [(name, f"{count:,} parameters") for name, count in facts["parameters"].items()]
     rows.append(("total", f"{sum(facts['parameters'].values()):,} parameters"))
-    _print_table(("", ""), rows)
+    print_table(("", ""), rows)
 
 
-def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table

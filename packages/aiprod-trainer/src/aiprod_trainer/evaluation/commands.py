@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aiprod_pipelines.cli import _print_table, explains_errors
+from aiprod_pipelines.cli import explains_errors, print_table
 
 if TYPE_CHECKING:
     from aiprod_pipelines.pipeline import Pipeline
@@ -190,7 +190,7 @@ def compare(
     ]
     found = compare_rows(*sides, confidence=confidence, seed=seed)
     percent = f"{100 * confidence:g} %"
-    _print_table(
+    print_table(
         ("figure", "A", "B", "B - A", percent, "pairs", ""),
         [
             (
@@ -218,7 +218,7 @@ def _measure_files(clips: Sequence[Path], json_file: Path | None, html: Path | N
     files = _files(clips)
     rows = [Row(path, "", measure_file(path)) for path in track(files, "clips", transient=True)]
     rows.sort(key=lambda row: -sum(row.report.faults.values()))
-    _print_table(
+    print_table(
         ("clip", "faults", "motion", "smooth", "flicker", "camera", "LUFS", "peak", "A/V offset"),
         [_file_line(row) for row in rows],
     )
@@ -365,7 +365,7 @@ def _print_scores(scores: dict[str, Any]) -> None:
         mark = {True: "reached", False: "missed", None: ""}[is_reached(name, value)]
         count = scores.get(f"{name}_n")
         rows.append((name, "-" if value is None else f"{value:g}", str(count or ""), goal, mark))
-    _print_table(("figure", "value", "clips", "goal", ""), rows)
+    print_table(("figure", "value", "clips", "goal", ""), rows)
 
 
 def _write_json(path: Path | None, result: dict[str, Any]) -> None:
