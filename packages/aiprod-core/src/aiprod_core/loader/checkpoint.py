@@ -8,6 +8,7 @@ Nothing is read but the header until a module asks for its tensors.
 
 import json
 import logging
+import math
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from aiprod_core.errors import CheckpointError
+from aiprod_core.loader.gguf_files import fetch_gguf, open_gguf
 
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+FP8 = torch.float8_e4m3fn  # weights that stay as they are whatever precision is asked for
 
 DTYPES = {
     "F64": torch.float64,
@@ -50,6 +53,11 @@ class TensorInfo:
     path: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    offset: int = 0  # of its first byte in the file
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ class Checkpoint:
 
     @property
     def is_fp8(self) -> bool:
-        return any(info.dtype == torch.float8_e4m3fn for info in self.tensors.values())
+        return any(info.dtype == FP8 for info in self.tensors.values())
 
     def read(self, keys: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
         """The named tensors, memory-mapped on the CPU. Raises CheckpointError on a damaged file."""
@@ -142,6 +150,9 @@ class Checkpoint:
             by_path.setdefault(self.tensors[key].path, []).append(key)
         tensors: dict[str, Tensor] = {}
         for path, names in by_path.items():
+            if path.suffix == ".gguf":
+                tensors |= {name: self.fetch(name).to(device) for name in names}
+                continue
             try:
                 with safe_open(path, framework="pt", device=str(device)) as file:
                     tensors |= {name: file.get_tensor(name) for name in names}
@@ -151,9 +162,21 @@ class Checkpoint:
                 ) from error
         return tensors
 
+    def fetch(self, key: str) -> Tensor:
+        """One tensor in memory of its own: nothing of the file stays mapped when it is gone."""
+        info = self.tensors[key]
+        if info.path.suffix == ".gguf":
+            return fetch_gguf(info.path, key)
+        content = torch.empty(info.num_bytes, dtype=torch.uint8)
+        with info.path.open("rb") as file:
+            file.seek(info.offset)
+            if file.readinto(memoryview(content.numpy())) != info.num_bytes:
+                raise CheckpointError(f"{info.path}: cut short at {key}. Fetch it again.")
+        return content.view(info.dtype).reshape(info.shape)
+
 
 def open_checkpoint(*paths: str | Path) -> Checkpoint:
-    """Reads the headers of one model's files and nothing else.
+    """Reads the headers of one model's files and nothing else; the first that has a key, has it.
 
     Raises CheckpointError for a missing, truncated or foreign file.
     """
@@ -161,7 +184,15 @@ def open_checkpoint(*paths: str | Path) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     resolved = tuple(Path(path) for path in paths)
     for path in resolved:
-        header = _read_header(path)
+        if path.suffix == ".gguf" and path.is_file():
+            found, shapes = open_gguf(path)
+            for key, value in found.items():
+                metadata.setdefault(key, _json_or_text(value))
+            tensors |= {
+                key: TensorInfo(path, shape, torch.bfloat16) for key, shape in shapes.items()
+            }
+            continue
+        header, start = _read_header(path)
         for key, value in header.pop("__metadata__", {}).items():
             metadata.setdefault(key, _json_or_text(value))
         for key, entry in header.items():
@@ -170,7 +201,8 @@ def open_checkpoint(*paths: str | Path) -> Checkpoint:
                     f"{path}: {key} has type {entry['dtype']}, which is not supported; "
                     f"supported are {', '.join(DTYPES)}."
                 )
-            tensors[key] = TensorInfo(path, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+            shape, offset = tuple(entry["shape"]), start + entry["data_offsets"][0]
+            tensors.setdefault(key, TensorInfo(path, shape, DTYPES[entry["dtype"]], offset))
     return Checkpoint(resolved, metadata, tensors)
 
 
@@ -182,11 +214,16 @@ def load_module(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     keep: Callable[[str], bool] | None = None,
+    is_left: Callable[[str], bool] = lambda name: False,
+    store: Callable[[nn.Module, str, Tensor], None] | None = None,
 ) -> M:
     """Builds a module on the meta device and fills every parameter and buffer from the checkpoint.
 
     `dtype` casts floating tensors (float8 weights stay as they are); None keeps the file's own.
-    `keep` further restricts which module names are read (an audio-only model from an AV file).
+    `keep` further restricts which module names are read (an audio-only model from an AV file). What
+    `is_left` names stays on the meta device, for whoever reads it when it is needed. `store` puts
+    a tensor into the module instead of `assign`. Tensors that are used as they lie in the file are
+    memory-mapped; others are read one at a time, so that the file is never in memory beside them.
     Raises CheckpointError listing missing and misshapen names. Names under the component's prefix
     that the module does not have are reported in one log line.
     """
@@ -200,13 +237,28 @@ def load_module(
     if keep is not None:
         source = {new: key for new, key in source.items() if keep(new)}
     _check_names(checkpoint, wanted, source)
-    loaded = checkpoint.read((source[name] for name in wanted), device)
-    for name in wanted:
-        tensor = loaded[source[name]]
-        is_castable = tensor.is_floating_point() and tensor.dtype != torch.float8_e4m3fn
-        if dtype is not None and is_castable:
-            tensor = tensor.to(dtype)
-        _assign(module, name, tensor)
+    infos = {name: checkpoint.tensors[source[name]] for name in wanted}
+    types = {
+        name: dtype
+        if dtype is not None and info.dtype.is_floating_point and info.dtype != FP8
+        else info.dtype
+        for name, info in infos.items()
+    }
+    as_they_lie = {
+        source[name]
+        for name, info in infos.items()
+        if store is None and not is_left(name) and types[name] == info.dtype
+    }
+    loaded = checkpoint.read(as_they_lie, device)
+    for name, info in infos.items():
+        key = source[name]
+        if is_left(name):
+            tensor = torch.empty(info.shape, dtype=types[name], device="meta")
+        elif key in as_they_lie:
+            tensor = loaded.pop(key)
+        else:
+            tensor = checkpoint.fetch(key).to(device, types[name])
+        (store or assign)(module, name, tensor)
     return module.eval().requires_grad_(False)
 
 
@@ -258,7 +310,8 @@ def _check_names(
         )
 
 
-def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Makes a tensor the module's parameter or buffer of this name."""
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     if leaf in owner._parameters:
@@ -272,7 +325,8 @@ def _is_persistent(module: nn.Module, name: str) -> bool:
     return leaf not in module.get_submodule(owner_name)._non_persistent_buffers_set
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header, and where in the file the tensors begin."""
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file.")
     size = path.stat().st_size
@@ -305,7 +359,7 @@ def _read_header(path: Path) -> dict[str, Any]:
             f"{path}: cut short: the header promises {8 + length + end} bytes, "
             f"the file has {size}. Fetch it again."
         )
-    return header
+    return header, 8 + length
 
 
 def _json_or_text(value: str) -> Any:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from aiprod_core.errors import CheckpointError, InputError
 from aiprod_core.loader.checkpoint import Checkpoint, open_checkpoint
 from aiprod_core.loader.lora_formats import Change, aliases, read_changes
-from aiprod_core.quantization.fp8 import Fp8CastLinear, Fp8ScaledLinear
+from aiprod_core.quantization.weight_only import QuantizedLinear
 
-Linear = nn.Linear | Fp8CastLinear | Fp8ScaledLinear
+Linear = nn.Linear | QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def open_lora(path: str | Path) -> Lora:
 
 def coverage(module: nn.Module, lora: Lora) -> Coverage:
     """Which linear layers of `module` the LoRA changes; prints as "432 of 432 layers applied"."""
-    changes, unmatched = _changes_of(module, lora)
+    changes, unmatched = changes_of(module, lora)
     return Coverage(tuple(changes), unmatched)
 
 
@@ -86,17 +86,19 @@ class Fusion:
     """What `fuse` replaced. Take several out in the reverse of the order they were put in."""
 
     module: nn.Module
-    originals: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    originals: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @torch.no_grad()
     def unfuse(self) -> None:
         """Puts the base weights back, bit for bit."""
-        for name, (weight, scale) in self.originals.items():
+        for name, kept in self.originals.items():
             linear = self.module.get_submodule(name)
-            parameter = linear.get_parameter("weight")
-            parameter.data = weight.to(parameter.device)
-            if isinstance(linear, Fp8ScaledLinear) and scale is not None:
-                linear.weight_scale = scale
+            device = linear.get_parameter("weight").device
+            for leaf, tensor in kept.items():
+                if leaf == "weight":
+                    linear.get_parameter("weight").data = tensor.to(device)
+                else:
+                    setattr(linear, leaf, tensor.to(device))
         self.originals.clear()
 
 
@@ -113,9 +115,9 @@ def fuse(
     """Adds `sum(strength * B A)` to the weights of `module`, in place.
 
     The sum is computed in float32 and rounded once, to the weight's own type, and before that to
-    `round_to` where given (published pipelines round to bfloat16 even on float32 weights). fp8
-    weights are rounded at random where a generator is given. The originals stay where they are, or
-    move to `keep_originals_on`. Adapters with strength 0 are left out.
+    `round_to` where given (published pipelines round to bfloat16 even on float32 weights).
+    Quantised weights are rounded at random where a generator is given. The originals stay where
+    they are, or move to `keep_originals_on`. Adapters with strength 0 are left out.
 
     Raises InputError when layers of an adapter are not in the module, unless `allow_unmatched` and
     some are; CheckpointError when matrices do not fit their layer.
@@ -125,7 +127,7 @@ def fuse(
     for lora, strength in adapters:
         if strength == 0:
             continue
-        changes, unmatched = _changes_of(module, lora)
+        changes, unmatched = changes_of(module, lora)
         _check_coverage(lora, Coverage(tuple(changes), unmatched), allow_unmatched)
         check_shapes(module, lora)
         keys = (key for change in changes.values() for key in change.keys)
@@ -139,21 +141,21 @@ def fuse(
         ]
         if not deltas:
             continue
-        is_fp8 = isinstance(linear, Fp8CastLinear | Fp8ScaledLinear)
-        dense = (linear.dense_weight() if is_fp8 else linear.weight).float()
+        is_quantized = isinstance(linear, QuantizedLinear)
+        dense = (linear.dense_weight() if is_quantized else linear.weight).float()
         for change, tensors, strength in deltas:
             matrices = {key: tensors[key].to(dense.device).float() for key in change.keys}
             dense = dense + strength * change.delta(matrices)
         if round_to is not None:
             dense = dense.to(round_to)
-        weight = linear.weight.data
-        scale = linear.weight_scale if isinstance(linear, Fp8ScaledLinear) else None
-        kept = weight if keep_originals_on is None else weight.to(keep_originals_on)
-        fusion.originals[name] = (kept, scale)
-        if is_fp8:
+        fusion.originals[name] = {
+            leaf: tensor if keep_originals_on is None else tensor.to(keep_originals_on)
+            for leaf, tensor in (("weight", linear.weight.data), *linear.named_buffers())
+        }
+        if is_quantized:
             linear.set_dense_weight(dense, generator)
         else:
-            linear.weight.data = dense.to(weight.dtype)
+            linear.weight.data = dense.to(linear.weight.dtype)
     return fusion
 
 
@@ -161,12 +163,13 @@ def check_shapes(module: nn.Module, lora: Lora) -> None:
     """Raises CheckpointError when matrices do not fit their layer. Looks at headers alone, so the
     module may be on the meta device."""
     linears, infos = _linears(module), lora.checkpoint.tensors
-    for name, change in _changes_of(module, lora)[0].items():
-        if change.shape(infos) != tuple(linears[name].weight.shape):
+    for name, change in changes_of(module, lora)[0].items():
+        linear = linears[name]
+        if change.shape(infos) != (linear.out_features, linear.in_features):
             shapes = " and ".join(str(list(infos[key].shape)) for key in change.keys)
             raise CheckpointError(
                 f"{lora.checkpoint.paths[0]}: {shapes} do not fit {name}, which is "
-                f"{list(linears[name].weight.shape)}. The LoRA is for another model."
+                f"{[linear.out_features, linear.in_features]}. The LoRA is for another model."
             )
 
 
@@ -183,7 +186,7 @@ def _check_coverage(lora: Lora, covered: Coverage, allow_unmatched: bool) -> Non
     )
 
 
-def _changes_of(module: nn.Module, lora: Lora) -> tuple[dict[str, Change], tuple[str, ...]]:
+def changes_of(module: nn.Module, lora: Lora) -> tuple[dict[str, Change], tuple[str, ...]]:
     """The LoRA's changes by the network's own names, and what the network does not have."""
     names = aliases(_linears(module))
     changes: dict[str, Change] = {}
@@ -203,7 +206,7 @@ def _linears(module: nn.Module) -> dict[str, Linear]:
     return {
         name: layer
         for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear | Fp8CastLinear | Fp8ScaledLinear)
+        if isinstance(layer, nn.Linear | QuantizedLinear)
     }
 
 

@@ -5,6 +5,9 @@ the file's own precision.
 """
 
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from aiprod_core.model.upsampler import LatentUpsampler, UpsamplerConfig
 from aiprod_core.model.video_vae import VideoDecoder, VideoEncoder, VideoVAEConfig
 from aiprod_core.model.vocoder import Vocoder, VocoderConfig
 from aiprod_core.quantization.fp8 import adopt_fp8_weights
+from aiprod_core.quantization.schemes import storing
 
 # What a network for sound alone reads of a joint file.
 AUDIO_PARTS = (
@@ -48,11 +52,32 @@ def load_transformer(
     dtype: torch.dtype | None = None,
     audio_only: bool = False,
     video_only: bool = False,
+    quantization: str | None = None,
+    leaves_blocks: bool = False,
 ) -> Transformer:
     """The transformer without its text connectors, or one half of a joint one.
 
-    Weights that the file holds in fp8 stay so, in layers of `quantization.fp8`.
+    Weights that the file holds in fp8 stay so, in layers of `quantization.fp8`. `quantization`
+    names one of `quantization.schemes`, applied weight by weight as they are read. With
+    `leaves_blocks` the blocks' weights stay in the file, on the meta device, for
+    `offload.stream_from_file`. Raises InputError for a file that cannot be had in that way.
     """
+    if quantization is not None and checkpoint.is_fp8:
+        kept = "fp8-scaled-mm" if _has_input_scales(checkpoint) else "fp8"
+        if quantization != kept:
+            raise InputError(
+                f"{checkpoint.name} is quantised already ({kept}) and cannot become "
+                f"{quantization}; leave out --quantization, or give the bf16 file."
+            )
+        quantization = None
+    if leaves_blocks and (
+        quantization is not None
+        or (_has_weight_scales(checkpoint) and not _has_input_scales(checkpoint))
+    ):
+        raise InputError(
+            f"{checkpoint.name}: weights cannot be quantised and streamed from the file at once; "
+            "run aiprod models convert, and give the file that it writes."
+        )
     config = TransformerConfig.from_metadata(checkpoint.section("transformer"))
     if audio_only:
         config = replace(config, has_video=False)
@@ -69,6 +94,8 @@ def load_transformer(
             and (not audio_only or any(part in name for part in AUDIO_PARTS))
             and (not video_only or not any(part in name for part in SOUND_PARTS))
         ),
+        is_left=lambda name: leaves_blocks and name.startswith("transformer_blocks."),
+        store=None if quantization is None else storing(quantization),
     )
     if checkpoint.is_fp8:
         keys = [key for key in checkpoint.tensors if key.endswith(SCALES)]
@@ -80,6 +107,14 @@ def load_transformer(
             dtype or torch.bfloat16,
         )
     return transformer
+
+
+def _has_weight_scales(checkpoint: Checkpoint) -> bool:
+    return any(key.endswith(".weight_scale") for key in checkpoint.tensors)
+
+
+def _has_input_scales(checkpoint: Checkpoint) -> bool:
+    return any(key.endswith(".input_scale") for key in checkpoint.tensors)
 
 
 def load_video_encoder(
@@ -205,21 +240,39 @@ def load_text_encoder(
     CheckpointError for an encoder of another size.
     """
     section = check_text_encoder(checkpoint, text_encoder_path)
-    if section["type"] == "minilm":
-        return MiniLMEncoder.load(
-            text_encoder_path or checkpoint.paths[0].parent / "text_encoder",
-            max_length=section.get("max_length", 64),
+    with _without_torchao():
+        if section["type"] == "minilm":
+            return MiniLMEncoder.load(
+                text_encoder_path or checkpoint.paths[0].parent / "text_encoder",
+                max_length=section.get("max_length", 64),
+                device=device,
+                dtype=dtype or torch.float32,
+            )
+        assert text_encoder_path is not None  # checked above
+        return GemmaEncoder.load(
+            text_encoder_path,
+            max_length=section.get("max_length", 1024),
+            num_features=_text_features(checkpoint),
             device=device,
-            dtype=dtype or torch.float32,
+            dtype=dtype or torch.bfloat16,
         )
-    assert text_encoder_path is not None  # checked above
-    return GemmaEncoder.load(
-        text_encoder_path,
-        max_length=section.get("max_length", 1024),
-        num_features=_text_features(checkpoint),
-        device=device,
-        dtype=dtype or torch.bfloat16,
-    )
+
+
+@contextmanager
+def _without_torchao() -> Iterator[None]:
+    """Keeps transformers from importing torchao, which nothing here asks of it.
+
+    Where torchao is installed for something else, its import takes seconds and prints warnings
+    about kernels of other machines.
+    """
+    if "torchao" in sys.modules:
+        yield
+        return
+    sys.modules["torchao"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        del sys.modules["torchao"]
 
 
 def load_text_projector(

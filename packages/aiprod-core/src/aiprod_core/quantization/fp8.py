@@ -5,9 +5,10 @@ Two kinds, told apart by what the file holds:
 * Cast: weights and biases are stored in 8 bits and widened to the activations' type at every call.
   Half the memory of bfloat16, the arithmetic is unchanged. Any checkpoint can be cast; a file that
   was quantised with a scale has the scale folded into the weight first.
-* Scaled: the file also holds the scale of each layer's input (`input_scale`), so that activations
-  are quantised too and the product runs on the 8-bit matrix units. Where there are none, the same
-  rounded numbers are multiplied in float32: slower, same result up to the order of summation.
+* Scaled: activations are quantised too and the product runs on the 8-bit matrix units. The scale of
+  a layer's input is the file's (`input_scale`), or the input's own largest value where the weights
+  were quantised here. Where there are no such units, the same rounded numbers are multiplied in
+  float32: slower, same result up to the order of summation.
 
 e4m3fn has a sign, 4 exponent and 3 mantissa bits, no infinity, and ends at 448. The casts clamp,
 because PyTorch's turns what is larger into NaN.
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aiprod_core.errors import CheckpointError
+from aiprod_core.quantization.weight_only import QuantizedLinear
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -75,13 +77,13 @@ def adopt_fp8_weights(
             linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
 
 
-class Fp8CastLinear(nn.Module):
+class Fp8CastLinear(QuantizedLinear):
     """`x W^T + b` with both stored in fp8 and widened to x's type at every call."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
+        self._describe(weight, None if bias is None else to_fp8(bias))
         self.weight = nn.Parameter(to_fp8(weight), requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(to_fp8(bias), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -96,38 +98,55 @@ class Fp8CastLinear(nn.Module):
         self.weight.data = rounded
 
 
-class Fp8ScaledLinear(nn.Module):
+class Fp8ScaledLinear(QuantizedLinear):
     """`x W^T + b` with x and W both in fp8, each with one scale; b in its own precision.
 
     weight (out, in) in fp8 stands for `weight * weight_scale`; the input is divided by
-    `input_scale`, measured when the file was made, and clamped.
+    `input_scale`, measured when the file was made, and clamped. Without one it is divided so that
+    its own largest value ends fp8's range.
     """
 
     weight_scale: Tensor
-    input_scale: Tensor
+    input_scale: Tensor | None
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, weight_scale: Tensor, input_scale: Tensor
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_scale: Tensor,
+        input_scale: Tensor | None = None,
     ) -> None:
         super().__init__()
+        self._describe(weight, bias)
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         # Scales stay float32 0-d tensors: bfloat16 would shift every output by up to 0.4%.
-        self.register_buffer("weight_scale", weight_scale.to(weight.device).float().reshape(()))
-        self.register_buffer("input_scale", input_scale.to(weight.device).float().reshape(()))
+        scales = [
+            None if scale is None else scale.to(weight.device).float().reshape(())
+            for scale in (weight_scale, input_scale)
+        ]
+        self.register_buffer("weight_scale", scales[0])
+        self.register_buffer("input_scale", scales[1])
+
+    @classmethod
+    def quantized(cls, weight: Tensor, bias: Tensor | None) -> "Fp8ScaledLinear":
+        """From a weight at full precision; inputs are scaled by what they are."""
+        scale = weight_scale_of(weight)
+        return cls(to_fp8(weight.float() / scale), bias, scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = to_fp8(x.flatten(0, -2).float() / self.input_scale)
+        rows = x.flatten(0, -2).float()
+        input_scale = weight_scale_of(rows) if self.input_scale is None else self.input_scale
+        rows = to_fp8(rows / input_scale)
         if has_scaled_matmul(x.device, self.weight):
             out = torch.ops.aten._scaled_mm(
                 rows,
                 self.weight.t(),
-                scale_a=self.input_scale,
+                scale_a=input_scale,
                 scale_b=self.weight_scale,
                 out_dtype=x.dtype,
             )
         else:
-            out = scaled_matmul(rows, self.weight, self.input_scale, self.weight_scale).to(x.dtype)
+            out = scaled_matmul(rows, self.weight, input_scale, self.weight_scale).to(x.dtype)
         if self.bias is not None:
             out = out + self.bias.to(x.dtype)
         return out.unflatten(0, x.shape[:-1])
