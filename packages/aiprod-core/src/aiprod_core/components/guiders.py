@@ -189,6 +189,10 @@ class GuidedDenoiser:
 
     Remembers the last estimates, for `skip_step`: make one per run. The estimates are not blended
     with the conditions yet; samplers do that.
+
+    Adaptive guidance (Castillo et al. 2023, arXiv:2312.12487): once the velocity of a pass points
+    as the conditional one does, to a cosine of `min_cosine` in every modality, it has nothing to
+    add, and from the next step on the pass is not run.
     """
 
     def __init__(
@@ -199,6 +203,7 @@ class GuidedDenoiser:
         audio: GuidedModality | None,
         *,
         max_batch_size: int | None = None,  # samples a model call; None = all passes in one
+        min_cosine: float = 1.0,  # adaptive guidance; 1 = every pass at every step
     ) -> None:
         self.transformer = transformer
         self.levels: list[float] = sigmas.tolist()
@@ -208,7 +213,10 @@ class GuidedDenoiser:
             if modality is not None
         }
         self.max_batch_size = max_batch_size
+        self.min_cosine = min_cosine
+        self._agreed: set[str] = set()  # passes that have come to say what the conditional says
         self._last: dict[str, tuple[Tensor, Tensor]] = {}  # modality: denoised, uncond
+        self._at_sigma_1: dict[tuple[str, ...], Modality] = {}  # by modality and passes
 
     def __call__(self, x: AV, sigma: float) -> AV:
         return self._estimates(x, sigma, wants_uncond=False)[0]
@@ -234,6 +242,8 @@ class GuidedDenoiser:
                 of_pass = dict(zip(passes, estimates[name], strict=True))
                 denoised = guide(guidance[name], **of_pass)
                 self._last[name] = denoised, of_pass.get("uncond", of_pass["cond"])
+            if self.min_cosine < 1:
+                self._agreed |= self._agreeing(x, passes, estimates)
         return (
             AV(**{name: self._last[name][0] for name in self.modalities}),
             AV(**{name: self._last[name][1] for name in self.modalities}),
@@ -247,7 +257,20 @@ class GuidedDenoiser:
             passes.append("perturbed")
         if len(self.modalities) == 2 and any(g.modality_scale != 1 for g in guidance):
             passes.append("isolated")
-        return passes
+        return [name for name in passes if name not in self._agreed]
+
+    def _agreeing(
+        self, x: AV, passes: list[str], estimates: Mapping[str, list[Tensor]]
+    ) -> set[str]:
+        """Passes whose difference from x points as the conditional one in every modality."""
+        lowest = dict.fromkeys(passes[1:], 1.0)
+        for name, (cond, *others) in estimates.items():
+            latent = getattr(x, name)
+            direction = (latent - cond).flatten().float()
+            for pass_name, other in zip(passes[1:], others, strict=True):
+                cosine = torch.cosine_similarity(direction, (latent - other).flatten().float(), 0)
+                lowest[pass_name] = min(lowest[pass_name], float(cosine))
+        return {name for name, cosine in lowest.items() if cosine >= self.min_cosine}
 
     def _run(
         self,
@@ -285,36 +308,58 @@ class GuidedDenoiser:
         self, name: str, x: AV, sigma: float, group: list[str], is_running: bool
     ) -> Modality:
         modality = self.modalities[name]
-        state = modality.state
         latent = x.video if name == "video" else x.audio
         if latent is None:
             raise InputError(f"the run has {name}, but the noisy latent has none")
         sigma = 0.0 if modality.is_frozen else sigma
-        is_negative = [pass_name == "uncond" for pass_name in group]
-
-        def repeated(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else torch.cat([tensor] * len(group))
-
-        def chosen(positive: Tensor | None, negative: Tensor | None) -> Tensor | None:
-            if positive is None:
-                return None
-            negative = positive if negative is None else negative
-            return torch.cat([negative if flag else positive for flag in is_negative])
-
-        context = chosen(modality.context, modality.negative_context)
-        assert context is not None
-        mask = state.denoise_mask.float()
-        return Modality(
+        constant = self._at_sigma_1.get((name, *group))
+        if constant is None:
+            constant = self._at_sigma_1[name, *group] = _at_sigma_1(modality, group)
+        return replace(
+            constant,
             latent=torch.cat([latent] * len(group)),
-            sigma=latent.new_full((len(group) * latent.shape[0],), sigma, dtype=torch.float32),
-            timesteps=torch.cat([mask * sigma] * len(group)),
-            positions=torch.cat([state.positions] * len(group)),
-            context=context,
-            context_mask=chosen(modality.context_mask, modality.negative_context_mask),
-            attention_mask=repeated(state.attention_mask),
-            keyframe_marker=repeated(state.keyframe_marker),
+            sigma=constant.sigma * sigma,
+            timesteps=constant.timesteps * sigma,
             enabled=is_running,
         )
+
+
+def _at_sigma_1(modality: GuidedModality, group: Sequence[str]) -> Modality:
+    """What a group of passes is given, all but the noisy latent, at sigma 1.
+
+    Made once: every step has the very same positions and texts, so that what follows from them can
+    be kept too (`constants.computed_once`).
+    """
+    state = modality.state
+    passes = len(group)
+
+    def shared(tensor: Tensor | None) -> Tensor | None:
+        # A batch of one serves all passes.
+        return tensor if tensor is None or len(tensor) == 1 else torch.cat([tensor] * passes)
+
+    def chosen(positive: Tensor | None, negative: Tensor | None) -> Tensor | None:
+        if positive is None:
+            return None
+        negative = positive if negative is None else negative
+        parts = [negative if name == "uncond" else positive for name in group]
+        return parts[0] if passes == 1 else torch.cat(parts)
+
+    mask = state.denoise_mask.float()
+    if bool((mask == mask[:, :1]).all()):
+        mask = mask[:, :1]  # all tokens share a noise level: one row of modulation instead of N
+    positions = shared(state.positions)
+    context = chosen(modality.context, modality.negative_context)
+    assert positions is not None and context is not None
+    return Modality(
+        latent=state.latent,
+        sigma=mask.new_ones(passes * len(mask)),
+        timesteps=torch.cat([mask] * passes),
+        positions=positions,
+        context=context,
+        context_mask=chosen(modality.context_mask, modality.negative_context_mask),
+        attention_mask=shared(state.attention_mask),
+        keyframe_marker=shared(state.keyframe_marker),
+    )
 
 
 def _perturbation(
