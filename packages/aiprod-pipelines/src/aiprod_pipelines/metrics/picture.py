@@ -86,7 +86,7 @@ def black_spans(frames: np.ndarray, fps: float, *, threshold: float = 12.0) -> t
 
 def nonfinite_spans(frames: np.ndarray, fps: float) -> tuple[Span, ...]:
     """Spans of float frames that hold a NaN or an infinity; no uint8 frame does."""
-    return _spans(~np.isfinite(frames).reshape(len(frames), -1).all(axis=1), fps)
+    return _spans(np.array([not np.isfinite(frame).all() for frame in frames]), fps)
 
 
 def cuts(frames: np.ndarray, fps: float, *, factor: float = 4.0) -> tuple[float, ...]:
