@@ -63,10 +63,13 @@ def start_server(model: str, folder: Path, *more: str) -> tuple[subprocess.Popen
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
     assert process.stderr is not None
-    line = process.stderr.readline()
-    url = line.split()[0].rstrip(":") if line.startswith("http") else ""
-    if not url:
-        raise SystemExit(f"the server did not start: {line}{process.stderr.read()}")
+    said: list[str] = []
+    while not (said and said[-1].startswith("http")):
+        line = process.stderr.readline()
+        if not line:
+            raise SystemExit(f"the server did not start: {''.join(said)}")
+        said.append(line)
+    url = said[-1].split()[0].rstrip(":")
     # Its log would fill the pipe and stop it.
     threading.Thread(target=process.stderr.read, daemon=True).start()
     deadline = time.monotonic() + START_TIMEOUT_S

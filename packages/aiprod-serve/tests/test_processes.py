@@ -30,10 +30,12 @@ def running(tiny_model: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    line = process.stderr.readline()
-    assert line.startswith("http://127.0.0.1:"), line + process.stderr.read()
+    said = [process.stderr.readline()]
+    while not said[-1].startswith("http://127.0.0.1:"):  # libraries may warn before
+        assert said[-1], "".join(said)
+        said.append(process.stderr.readline())
     threading.Thread(target=process.stderr.read, daemon=True).start()
-    yield process, line.split()[0].rstrip(":"), folder
+    yield process, said[-1].split()[0].rstrip(":"), folder
     process.terminate()
     process.wait(60)
 
