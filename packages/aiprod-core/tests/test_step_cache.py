@@ -75,6 +75,19 @@ def test_what_cannot_be_foretold_is_computed():
     torch.testing.assert_close(found.video, euler(denoise, AV(start().video), SIGMAS).video)
 
 
+def test_short_steps_are_skipped_before_long_ones():
+    def velocity(sigma: float) -> AV:
+        generator = torch.Generator().manual_seed(round(sigma * 1e6))
+        return AV(1 + 0.3 * torch.randn(1, 50, 1, generator=generator))
+
+    sigmas = torch.cat((torch.linspace(1, 0.9, 21), torch.linspace(0.9, 0, 20)[1:]))
+    denoise, calls = denoiser_of(velocity)
+    euler(StepCache(denoise, sigmas, POLICIES["fast"]), AV(torch.zeros(1, 50, 1)), sigmas)
+    short = sum(sigma > 0.9 for sigma in calls)
+    assert short < 14
+    assert len(calls) - short > 17
+
+
 def test_fewer_steps_are_computed_the_more_error_is_allowed():
     def velocity(sigma: float) -> AV:
         return av(*(torch.sin(torch.tensor(k * sigma * 3.0)) + 1.5 for k in (1.0, 2.0, 3.0)))
