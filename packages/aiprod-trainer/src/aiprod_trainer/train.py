@@ -83,6 +83,8 @@ def train(config: TrainingConfig, *, resume: bool = True) -> Path:
 def _train(config: TrainingConfig, accelerator: Accelerator, *, resume: bool) -> Path:
     settings, folder = config.optimization, config.output_dir
     device, is_main = accelerator.device, accelerator.is_main_process
+    if device.type == "cpu":
+        device = torch.device("cpu")  # accelerate counts CPUs, which loaders do not know
     last = checkpoints.latest(folder)
     if last is not None and not resume:
         raise InputError(
