@@ -176,6 +176,14 @@ def save_tiny_lora(
     save_file(tensors, path, metadata={"format": "pt", **metadata})
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test sees what another or the user has kept."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("AIPROD_CACHE_DIR", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny model, its distilled sibling and all that belongs beside them."""

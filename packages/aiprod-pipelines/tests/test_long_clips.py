@@ -124,7 +124,7 @@ def test_the_recipe_holds_the_tile_that_was_chosen(
 ):
     pipeline = open_pipeline("two-stages", tiny_family)
     assert pipeline.resolve(GenerationRequest(PROMPT)).refine_tile == "off"
-    monkeypatch.setattr("aiprod_pipelines.pipeline.free_memory", lambda device: 0)
+    monkeypatch.setattr("aiprod_pipelines.components.ModelSet.free_memory", lambda self: 0)
     clip = pipeline(PROMPT, num_inference_steps=1, num_frames=1, width=256, height=192)
     # The smallest: 12 latents of 8 pixels a side.
     assert clip.request.refine_tile == "96x96"

@@ -2,11 +2,12 @@
 
 torch and the pipelines are imported inside the commands, so that help is there at once.
 Exit codes: 0 done, 2 something the user can mend (one sentence on standard error), 130 interrupted,
-1 anything else. Other packages add commands through the entry point group `aiprod.commands`: a Typer
-app with a name becomes a group, one without adds its commands beside `generate`.
+1 anything else. Other packages add commands through the entry point group `aiprod.commands`: a
+Typer app with a name becomes a group, one without adds its commands beside `generate`.
 """
 
 import functools
+import inspect
 import json
 import signal
 import sys
@@ -54,6 +55,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Runs the command and exits with its code."""
     # A terminated run must leave no half-written file either: unwind as for Ctrl-C.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    from aiprod_pipelines.commands import app as commands  # which uses this module's parts
+
+    app.add_typer(commands)
     for entry in entry_points(group="aiprod.commands"):
         app.add_typer(entry.load())
     app(args=argv)
@@ -65,7 +69,7 @@ def explains_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        from aiprod_core.errors import InputError
+        from aiprod_core.errors import InputError, is_out_of_memory
 
         try:
             command(*args, **kwargs)
@@ -76,7 +80,7 @@ def explains_errors(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo("interrupted: nothing was written", err=True)
             raise typer.Exit(130) from None
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             typer.echo(
                 "error: out of memory; try fewer frames (--num-frames) or a smaller picture "
@@ -102,6 +106,7 @@ def root(
 @app.command()
 @explains_errors
 def generate(
+    ctx: typer.Context,
     prompt: Annotated[str, typer.Argument(help="What the clip shows and how it sounds.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The MP4 to write; an older one is replaced.")
@@ -262,6 +267,21 @@ def generate(
             metavar="LOW HIGH", help="Guide only at noise levels (sigmas) from LOW to HIGH."
         ),
     ] = (0.0, 1.0),
+    adaptive_guidance: Annotated[
+        float,
+        typer.Option(
+            help="Leave out guidance passes once they agree with the prompt's to this cosine, such "
+            "as 0.999; 1 never does."
+        ),
+    ] = 1.0,
+    cache: Annotated[
+        str,
+        typer.Option(
+            metavar="off | safe | fast",
+            help="Forecast some of many steps instead of computing them; docs/memory.md says what "
+            "it gains and costs.",
+        ),
+    ] = "off",
     sampler: Annotated[
         str | None,
         typer.Option(
@@ -346,6 +366,39 @@ def generate(
         str | None,
         typer.Option(help="float32, bfloat16 or float16; default: float32 on cpu, else bfloat16."),
     ] = None,
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            metavar="fp8 | fp8-scaled-mm | int8 | int4",
+            help="Store the transformer's large weights in fewer bits; default: as in the file.",
+        ),
+    ] = None,
+    offload: Annotated[
+        str,
+        typer.Option(
+            metavar="auto | none | model | block | disk",
+            help="Where weights wait: on the device, in main memory, the same block by block, or "
+            "in the file. auto takes the first that fits; see `aiprod plan`.",
+        ),
+    ] = "auto",
+    parallel: Annotated[
+        str,
+        typer.Option(
+            metavar="none | sequence | guidance",
+            help="How processes share the work: by tokens or by guidance pass; start them with "
+            "torchrun --nproc-per-node N -m aiprod_pipelines.cli generate ...",
+        ),
+    ] = "none",
+    max_memory: Annotated[
+        str | None,
+        typer.Option(metavar="12GiB", help="What the run may hold of the device's memory."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="A bundle of settings, under those given here; `aiprod presets list` shows them."
+        ),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Make a clip with sound from a sentence.
@@ -354,6 +407,23 @@ def generate(
     [dim]aiprod generate "the ball rolls away" --image first.png -o roll.mp4 --enlarge 8[/dim]
     [dim]aiprod generate "rain on a tin roof" -m ltx-2-19b-dev.safetensors --num-frames 121[/dim]
     """
+    if not (stream and str(output) == "-"):
+        check_output(output, pipeline)
+    opened, request = open_request(ctx, locals())
+    write_clip(
+        opened,
+        request,
+        output,
+        as_json=as_json,
+        enhancer=enhancer if enhance_prompt else None,
+        is_streamed=stream,
+    )
+
+
+def open_request(
+    ctx: typer.Context, options: dict[str, Any]
+) -> "tuple[Pipeline, GenerationRequest]":
+    """The pipeline and the request of `generate`'s options; a preset fills those not given."""
     from aiprod_pipelines.catalog import find_pipeline
     from aiprod_pipelines.request import (
         ControlCondition,
@@ -363,70 +433,98 @@ def generate(
         PerModality,
     )
 
-    if not (stream and str(output) == "-"):
-        check_output(output, pipeline)
-    scales: dict[str, Any] = {
-        name: PerModality.parse(text, f"--{name.replace('_', '-')}")
-        for name, text in (
-            ("cfg_scale", cfg_scale),
-            ("stg_scale", stg_scale),
-            ("modality_scale", modality_scale),
-            ("rescale_scale", rescale_scale),
-            ("nag_scale", nag_scale),
-        )
-        if text is not None
+    options = dict(options)
+    if options["preset"] is not None:
+        from aiprod_pipelines.presets import resolve_preset
+
+        chosen = resolve_preset(options["preset"], options["model"])
+        for name, value in chosen.options.items():
+            source = ctx.get_parameter_source(name)
+            if source is None or source.name != "COMMANDLINE":
+                options[name] = value
+    scales = {
+        name: PerModality.parse(str(options[name]), f"--{name.replace('_', '-')}")
+        for name in ("cfg_scale", "stg_scale", "modality_scale", "rescale_scale", "nag_scale")
+        if options[name] is not None
     }
+    lists = {
+        "images": ("image", ImageCondition.parse),
+        "keyframes": ("keyframe", ImageCondition.parse),
+        "controls": ("control", ControlCondition.parse),
+        "loras": ("lora", LoraFile.parse),
+    }
+    distilled_lora = options["distilled_lora"]
     request = GenerationRequest(
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        seed=seed,
-        height=height,
-        width=width,
-        num_frames=num_frames,
-        frame_rate=frame_rate,
-        num_inference_steps=num_inference_steps,
-        images=tuple(ImageCondition.parse(text) for text in image or ()),
-        keyframes=tuple(ImageCondition.parse(text) for text in keyframe or ()),
-        controls=tuple(ControlCondition.parse(text) for text in control or ()),
-        source=source,
-        start_time=start_time,
-        end_time=end_time,
-        modality=modality,
-        audio=audio,
-        audio_start_time=audio_start_time,
-        audio_prompt=audio_prompt,
-        generate_audio=not no_audio,
-        loras=tuple(LoraFile.parse(text) for text in lora or ()),
-        camera=camera,
-        spatial_upsampler=spatial_upsampler,
+        **{name: options[name] for name in PLAIN_FIELDS},
+        **{name: tuple(map(parse, options[flag] or ())) for name, (flag, parse) in lists.items()},
+        generate_audio=not options["no_audio"],
         distilled_lora=LoraFile.parse(distilled_lora) if distilled_lora else None,
-        skip_stage_2=skip_stage_2,
-        guidance_interval=guidance_interval,
-        nag_tau=nag_tau,
-        nag_alpha=nag_alpha,
-        sampler=sampler,
-        schedule=schedule,
-        max_batch_size=max_batch_size,
-        enlarge=enlarge,
-        enlarge_method=enlarge_method,
-        crf=crf,
-        tile=tile,
-        refine_tile=refine_tile,
-        window_frames=window_frames,
-        window_overlap=window_overlap,
+        step_cache=options["cache"],
         **scales,
     )
-    opened = find_pipeline(pipeline).from_model(
-        model, text_encoder=text_encoder, device=device, dtype=dtype
+    opened = find_pipeline(options["pipeline"]).from_model(
+        options["model"],
+        text_encoder=options["text_encoder"],
+        device=options["device"],
+        dtype=options["dtype"],
+        quantization=options["quantization"],
+        offload=options["offload"],
+        max_memory=options["max_memory"],
+        parallel=options["parallel"],
     )
-    write_clip(
-        opened,
-        request,
-        output,
-        as_json=as_json,
-        enhancer=enhancer if enhance_prompt else None,
-        is_streamed=stream,
+    return opened, request
+
+
+@app.command()
+@explains_errors
+def plan(**options: Any) -> None:
+    """Say what a clip would take in memory and time, and where its weights would wait.
+
+    Takes the options of `generate`, reads only headers, and computes nothing.
+    [dim]aiprod plan "rain on a tin roof" -m ltx-2-19b-dev.safetensors --max-memory 24GiB[/dim]
+    """
+    from aiprod_pipelines.plan import make_plan
+
+    opened, request = open_request(options["ctx"], options)
+    found = make_plan(opened, request)
+    if options["as_json"]:
+        typer.echo(json.dumps(found.to_dict()))
+        return
+    rows = [
+        (
+            stage.name,
+            size_text(stage.weight_bytes),
+            size_text(stage.activation_bytes),
+            f"{stage.flops / 1e12:.3g}",
+            "unknown" if stage.seconds is None else f"{stage.seconds:.1f} s",
+        )
+        for stage in found.stages
+    ]
+    print_table(("stage", "weights", "activations", "TFLOP", "time"), rows)
+    verdict = "fits" if found.fits else "does not fit"
+    typer.echo(
+        f"offload {found.offload}, guidance passes a call "
+        f"{found.max_batch_size or 'all'}: peak {size_text(found.peak_bytes)} {verdict}, "
+        f"{size_text(found.free_bytes)} free; about {found.seconds:.0f} s"
     )
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+# The same options by construction, help texts included.
+plan.__signature__ = inspect.signature(generate)  # pyright: ignore[reportFunctionMemberAccess]
+plan.__annotations__ = generate.__annotations__
+
+
+# Options of `generate` that are fields of the request under the same name.
+PLAIN_FIELDS = (
+    "prompt", "negative_prompt", "seed", "height", "width", "num_frames", "frame_rate",
+    "num_inference_steps", "source", "start_time", "end_time", "modality", "audio",
+    "audio_start_time", "audio_prompt", "camera", "spatial_upsampler", "skip_stage_2",
+    "guidance_interval", "adaptive_guidance", "nag_tau", "nag_alpha", "sampler", "schedule",
+    "max_batch_size", "enlarge", "enlarge_method", "crf", "tile", "refine_tile", "window_frames",
+    "window_overlap",
+)  # fmt: skip
 
 
 def check_output(output: Path, pipeline: str) -> None:
@@ -460,7 +558,13 @@ def write_clip(
         from aiprod_pipelines.prompt_enhancer import enhance_request
 
         request = enhance_request(pipeline.models, request, enhancer, progress)
+    from aiprod_core.parallel import is_first
+    from aiprod_pipelines.plan import learn, settle
+
+    request, plan = settle(pipeline, request, progress)
     clip = pipeline.run(request, progress=progress)
+    if not is_first():
+        return  # another process writes the same clip
     if is_streamed:
         from aiprod_pipelines.streaming import write_stream
 
@@ -469,6 +573,8 @@ def write_clip(
     else:
         clip.save(output)
         extra = {}
+    if plan is not None:
+        learn(plan, clip.progress.seconds, pipeline.models)
     report = clip.report(output) | extra
     if as_json:
         # Standard output is the clip's own where it is piped.
@@ -603,7 +709,7 @@ def list_models(as_json: JsonFlag = False) -> None:
     if as_json:
         typer.echo(json.dumps(found))
         return
-    rows = [(m["name"], _size(m["bytes"]) if m["bytes"] else "-", m["note"]) for m in found]
+    rows = [(m["name"], size_text(m["bytes"]) if m["bytes"] else "-", m["note"]) for m in found]
     print_table(("model", "size", ""), rows)
 
 
@@ -634,6 +740,48 @@ def show_model(
     print_table(("", ""), rows)
 
 
+@models_app.command("convert")
+@explains_errors
+def convert_model(
+    model: Annotated[str, typer.Argument(help="A name or path as for `generate --model`.")],
+    folder: Annotated[Path, typer.Argument(help="Where the files are written.")],
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="dev, dev-fp8, distilled or distilled-fp8. Repeat; default: dev-fp8."),
+    ] = None,
+    distilled_lora: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH[:STRENGTH]", help="What makes it distilled; default: beside the model."
+        ),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH[:STRENGTH]", help="An adapter to add to all. Repeat."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a model's other variants: adapters in the weights, large weights in fp8.
+
+    [dim]aiprod models convert ltx-2-19b-dev.safetensors models --variant distilled-fp8[/dim]
+    """
+    from aiprod_pipelines.conversion import convert_variants
+    from aiprod_pipelines.request import LoraFile
+
+    written = convert_variants(
+        model,
+        folder,
+        variant or ["dev-fp8"],
+        distilled_lora=LoraFile.parse(distilled_lora) if distilled_lora else None,
+        loras=[LoraFile.parse(text) for text in lora or ()],
+    )
+    if as_json:
+        typer.echo(json.dumps([str(path) for path in written]))
+        return
+    for path in written:
+        typer.echo(f"{path}: {size_text(path.stat().st_size)}")
+
+
 def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     from rich import box
     from rich.console import Console
@@ -662,20 +810,15 @@ def _as_text(value: Any) -> str:
 
 def _identity(file: dict[str, Any]) -> str:
     kind = "sha256" if "sha256" in file else "sampled_sha256"
-    return f"{file['file']}, {_size(file['bytes'])}, {kind} {file[kind]}"
+    return f"{file['file']}, {size_text(file['bytes'])}, {kind} {file[kind]}"
 
 
-def _size(num_bytes: float) -> str:
+def size_text(num_bytes: float) -> str:
     for unit in ("B", "kB", "MB"):
         if num_bytes < 1000:
             return f"{num_bytes:.4g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:.4g} GB"
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
 
 if __name__ == "__main__":

@@ -54,13 +54,16 @@ class Clip:
     def recipe(self) -> dict[str, Any]:
         """All that is needed to make the clip again, and a hash of its latents."""
         latents = {"video": self.latents.video, "audio": self.latents.audio}
+        computed_on = circumstances(self.models.device, self.models.dtype)
+        if self.models.quantization is not None:
+            computed_on["quantization"] = self.models.quantization
         return make_recipe(
             self.pipeline,
             self.models.name,
             self.models.checkpoint,
             self.request,
             {name: latent for name, latent in latents.items() if latent is not None},
-            circumstances(self.models.device, self.models.dtype),
+            computed_on,
             self.models.text_encoder_source,
             self.models.other_parts,
         )

@@ -11,7 +11,7 @@ import importlib.resources
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aiprod_core.errors import CheckpointError, InputError
+from aiprod_core.kernels.apply import enable_kernels
 from aiprod_core.loader import networks
 from aiprod_core.loader.checkpoint import DTYPES, Checkpoint, TensorInfo, open_checkpoint
 from aiprod_core.loader.lora import Lora, fuse
+from aiprod_core.loader.offload import BlockStream, stream_from_file, stream_from_memory
 from aiprod_core.model.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
 from aiprod_core.model.text_connector import TextConfig, TextProjector
 from aiprod_core.model.text_encoder import TextEncoder
@@ -32,8 +34,12 @@ from aiprod_core.model.transformer import Transformer, TransformerConfig
 from aiprod_core.model.upsampler import LatentUpsampler
 from aiprod_core.model.video_vae import VideoDecoder, VideoEncoder, VideoVAEConfig
 from aiprod_core.model.vocoder import Vocoder, VocoderConfig
-from aiprod_pipelines import companions
+from aiprod_core.parallel import WAYS, join
+from aiprod_core.quantization.schemes import check_scheme
+from aiprod_pipelines import companions, recipe
+from aiprod_pipelines.cache import Cache, open_cache, parse_size
 from aiprod_pipelines.request import ModelProfile, PerModality
+from aiprod_pipelines.tiles import free_memory
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +52,15 @@ DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": 
 
 # Models up to this size stay in memory between stages and calls; larger ones are freed.
 KEEP_LOADED_BYTES = 2 * 2**30
+
+# Where the networks are while they do not work.
+OFFLOADS = {
+    "auto": "the first of these that fits, as `aiprod plan` finds",
+    "none": "on the device; networks of models over 2 GiB are freed after their stage",
+    "model": "in main memory, and on the device for their stage only; on a CPU, freed after it",
+    "block": "as model, and the transformer's blocks come from main memory one at a time",
+    "disk": "as model, and the transformer's blocks come from the file one at a time",
+}
 
 COMPONENT_PREFIXES = {
     "transformer": ("model.diffusion_model.",),
@@ -74,7 +89,14 @@ class ModelSet:
     text_encoder_source: Path | str | None = None
     keeps_loaded: bool = True
     other_parts: tuple[Path, ...] = ()  # of a split model, given besides `name`
+    cache: Cache | None = None  # what earlier runs have computed of prompts and images
+    quantization: str | None = None  # of the transformer: one of SCHEMES
+    offload: str = "none"  # one of OFFLOADS
+    parallel: str = "none"  # how processes share a generation: one of aiprod_core.parallel.WAYS
+    max_memory: int | None = None  # bytes that a run may take of the device's memory
     _loaded: dict[str, Any] = field(default_factory=dict)
+    _given: set[str] = field(default_factory=set)
+    _stream: BlockStream | None = None
 
     @classmethod
     def open(
@@ -86,8 +108,16 @@ class ModelSet:
         dtype: str | None = None,
         other_parts: Sequence[str | Path] = (),
         prefers_distilled: bool = False,
+        quantization: str | None = None,
+        offload: str = "none",
+        max_memory: int | str | None = None,
+        parallel: str = "none",
     ) -> "ModelSet":
         """Finds the model and reads its headers, no weights.
+
+        `quantization` and `offload` are those of SCHEMES and OFFLOADS; `max_memory` is a number of
+        bytes or text such as 12GiB, to which tiles and plans keep; `parallel` is how the processes
+        that torchrun has started share the transformer's work.
 
         `other_parts` are files of a split model besides the named one. With `prefers_distilled`
         the name of a shipped model stands for its distilled sibling, where there is one.
@@ -106,6 +136,18 @@ class ModelSet:
             text_encoder = beside
         check_supported(checkpoint, text_encoder)
         size = sum(path.stat().st_size for path in checkpoint.paths)
+        offload = "block" if offload == "cpu" else offload  # LTX-2's name for it
+        if offload not in OFFLOADS:
+            raise InputError(f"offload must be one of {', '.join(OFFLOADS)}; got {offload}.")
+        if parallel not in WAYS:
+            raise InputError(f"parallel must be one of {', '.join(WAYS)}; got {parallel}.")
+        if parallel != "none":
+            join(chosen_device)
+        if isinstance(max_memory, str):
+            max_memory = parse_size(max_memory)
+        if max_memory is not None and chosen_device.type == "cuda":
+            total = torch.cuda.get_device_properties(chosen_device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, max_memory / total), chosen_device)
         return cls(
             name=str(model),
             checkpoint=checkpoint,
@@ -115,7 +157,24 @@ class ModelSet:
             text_encoder_source=text_encoder,
             keeps_loaded=size <= KEEP_LOADED_BYTES,
             other_parts=tuple(Path(part) for part in other_parts),
+            cache=open_cache(),
+            quantization=None if quantization is None else check_scheme(quantization),
+            offload=offload,
+            max_memory=max_memory,
+            parallel=parallel,
         )
+
+    def free_memory(self) -> int:
+        """Bytes that a run can still take on the device, within `max_memory`."""
+        return free_memory(self.device, self.max_memory)
+
+    def check_adapters(self, loras: Sequence[Any]) -> None:
+        """Raises InputError where adapters cannot be added to the weights."""
+        if loras and self.offload == "disk":
+            raise InputError(
+                "offload disk reads weights from the file as they are, so no LoRA can be added to "
+                "them; use --offload block, or aiprod models convert to write the sum."
+            )
 
     @property
     def transformer_config(self) -> TransformerConfig:
@@ -135,6 +194,37 @@ class ModelSet:
         Names are those of the lending methods; it stays where it is and is never freed.
         """
         self._loaded[name] = network
+        self._given.add(name)
+
+    # What a network of the file makes of one input is the same every time.
+
+    def recall(self, identity: Mapping[str, Any], network: str) -> dict[str, Tensor] | None:
+        """What `network` made of an input before, on this device; None if it is not known.
+
+        `identity` says what the input is, and as `kind` what is made of it.
+        """
+        if self.cache is None or network in self._given:
+            return None
+        found = self.cache.get(self._identity(identity))
+        return found and {name: tensor.to(self.device) for name, tensor in found.items()}
+
+    def keep(self, identity: Mapping[str, Any], made: Mapping[str, Tensor], network: str) -> None:
+        if self.cache is not None and network not in self._given:
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in made.items()}
+            self.cache.put(self._identity(identity), tensors)
+
+    def _identity(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """With all that decides the last bits: the files' contents, the machine, the versions."""
+        encoder = recipe.text_encoder_identity(self.text_encoder_source)
+        files = [recipe.file_identity(path) for path in self.checkpoint.paths]
+        return {
+            **identity,
+            "model": [recipe.contents_of(file) for file in files],
+            "text_encoder": [recipe.contents_of(file) for file in encoder["files"]]
+            or encoder["source"],
+            **recipe.circumstances(self.device, self.dtype),
+            "versions": recipe.versions(),
+        }
 
     # Lending. Each is a context: the network is freed at its end unless the model is small.
 
@@ -153,17 +243,47 @@ class ModelSet:
         self, loras: Sequence[tuple[Lora, float]] = (), *, audio_only: bool = False
     ) -> Iterator[Transformer]:
         """With LoRAs in its weights for the length of the loan; or its audio half alone."""
-        load = partial(networks.load_transformer, audio_only=audio_only)
+        load = partial(
+            networks.load_transformer,
+            self.checkpoint,
+            # Streamed blocks wait in main memory or in the file.
+            device="cpu" if self.offload == "block" else self.device,
+            dtype=self.dtype,
+            audio_only=audio_only,
+            quantization=self.quantization,
+            leaves_blocks=self.offload == "disk",
+        )
         name = "audio transformer" if audio_only else "transformer"
-        with self._lend(name, lambda: self._load(load)) as net:
+        self.check_adapters(loras)
+        with self._lend(name, load) as net:
             # A network that is freed afterwards needs no way back: "meta" keeps no copy.
-            kept_on = None if self.keeps_loaded else "meta"
+            kept_on = None if self._keeps(name) else "meta"
             fusion = fuse(net, loras, allow_unmatched=audio_only, keep_originals_on=kept_on)
+            if name not in self._given and self.offload == "block":
+                self._stream = stream_from_memory(net, self.device)
+            elif name not in self._given and self.offload == "disk":
+                self._stream = stream_from_file(net, self.checkpoint, self.device)
             try:
                 yield net
             finally:
-                if self.keeps_loaded:
+                if self._stream is not None:
+                    self._stream.close()
+                    self._stream = None
+                if self._keeps(name):
                     fusion.unfuse()
+
+    def lighten(self, transformer: Transformer) -> str | None:
+        """Makes a transformer that is lent hold less from now on, and says how.
+
+        None where nothing is left to do.
+        """
+        if self._stream is not None or self._given & {"transformer", "audio transformer"}:
+            return None
+        if self.device.type == "cpu":
+            return None  # what its blocks would wait in is the memory that ran out
+        self._stream = stream_from_memory(transformer, self.device)
+        self.offload = "block"
+        return "blocks in main memory"
 
     @contextmanager
     def upsampler(self, path: Path) -> Iterator[LatentUpsampler]:
@@ -201,16 +321,36 @@ class ModelSet:
         network = self._loaded.get(name)
         if network is None:
             network = load()
-        if self.keeps_loaded:
+            if self.device.type == "cpu" and isinstance(network, nn.Module):
+                enable_kernels(network, self.device)
+        if self._keeps(name):
             self._loaded[name] = network
+        waits_in_memory = self._waits_in_memory(name)
+        if waits_in_memory:
+            _weights_of(network).to(self.device)
         try:
             yield network
         finally:
+            if waits_in_memory:
+                _weights_of(network).to("cpu")
             del network
-            if not self.keeps_loaded:
+            if not self._keeps(name) or waits_in_memory:
                 gc.collect()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
+
+    def _keeps(self, name: str) -> bool:
+        """Whether a network stays: small models do, except where each stage is to make room."""
+        if name in self._given:
+            return True
+        if self.offload == "model":
+            return self.device.type != "cpu"
+        return self.keeps_loaded
+
+    def _waits_in_memory(self, name: str) -> bool:
+        """Whether a network is on the device for its stage only, and in main memory otherwise."""
+        is_elsewhere = self.offload == "model" and self.device.type != "cpu"
+        return is_elsewhere and name not in self._given
 
     def _load(self, load: Callable[..., nn.Module]) -> nn.Module:
         return load(self.checkpoint, device=self.device, dtype=self.dtype)
@@ -220,6 +360,11 @@ class ModelSet:
         return networks.load_text_encoder(
             self.checkpoint, self.text_encoder_source, device=self.device
         )
+
+
+def _weights_of(network: Any) -> nn.Module:
+    """The network itself, or what a text encoder wraps."""
+    return network if isinstance(network, nn.Module) else network.model
 
 
 # Finding a model.

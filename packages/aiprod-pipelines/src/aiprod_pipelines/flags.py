@@ -18,7 +18,10 @@ from aiprod_core.errors import InputError
 if TYPE_CHECKING:
     from aiprod_pipelines.pipeline import Pipeline
 
-MODEL_OPTIONS = ("model", "text_encoder", "other_parts", "device", "dtype")
+MODEL_OPTIONS = (
+    "model", "text_encoder", "other_parts", "device", "dtype", "quantization", "offload",
+    "max_memory",
+)  # fmt: skip
 
 
 class Flag(NamedTuple):
@@ -87,6 +90,10 @@ FLAGS = (
     Flag("--window-overlap", "window_overlap", int, help="frames that two windows share"),
     Flag("--refine-tile", "refine_tile", help="second stage: auto, off or WxH"),
     Flag("--max-batch-size", "max_batch_size", int, help="guidance passes a model call"),
+    Flag("--cache", "step_cache", help="steps forecast instead of computed: off, safe or fast"),
+    Flag("--quantization", "quantization", help="fp8-cast (fp8), fp8-scaled-mm, int8 or int4"),
+    Flag("--offload", "offload", help="none, model, block (cpu) or disk"),
+    Flag("--max-memory", "max_memory", help="of the device, such as 12GiB"),
     Flag("--tile", "tile", help="decoding: auto, off or WxHxF"),
     Flag("--device", "device"),
     Flag("--dtype", "dtype"),

@@ -12,7 +12,7 @@ from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.components import ModelSet, count_parameters
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest, LoraFile, ModelProfile, PerModality
-from aiprod_pipelines.tiles import choose_refine_tile, free_memory
+from aiprod_pipelines.tiles import choose_refine_tile
 
 UNGUIDED = PerModality(1.0, 1.0)
 NONE = PerModality(0.0, 0.0)
@@ -108,13 +108,14 @@ class Pipeline(ABC):
                 request = replace(request, loras=(*request.loras, found))
         for lora in (*request.loras, *self.distillation(request)):
             companions.check_lora(checkpoint, lora)
+        self.models.check_adapters([*request.loras, *self.distillation(request)])
         return request
 
     def refine_tile(self, request: GenerationRequest) -> str:
         """What of the picture the second stage sees at once, chosen now for the recipe's sake."""
         models, shape = self.models, request.shape
         weights = count_parameters(models.checkpoint)["transformer"] * models.dtype.itemsize
-        free = free_memory(models.device)
+        free = models.free_memory()
         return choose_refine_tile(
             request.refine_tile,
             models.transformer_config.width,

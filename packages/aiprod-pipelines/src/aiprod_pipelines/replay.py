@@ -64,6 +64,7 @@ def open_replay(
         text_encoder=text_encoder or _still_there(encoder.get("source")),
         device=device or _device_of(recipe),
         dtype=dtype or recipe["computed_on"]["dtype"],
+        quantization=recipe["computed_on"].get("quantization"),
         other_parts=[_find(part, Path(path).parent) for part in parts],
     )
     changed = [

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from aiprod_core.components.samplers import SAMPLERS
 from aiprod_core.components.schedulers import DISTILLED, SCHEDULES
+from aiprod_core.components.step_cache import POLICIES
 from aiprod_core.components.windows import Window, split_into_windows
 from aiprod_core.errors import InputError
 from aiprod_core.types import ScaleFactors, VideoShape
@@ -27,6 +28,7 @@ MAX_SEED = 2**63 - 1
 # The fixed levels of distilled models besides the schedules that take any number of steps.
 SCHEDULE_NAMES = (*SCHEDULES, "distilled")
 DISTILLED_STEPS = len(DISTILLED) - 1
+STEP_CACHES = ("off", *POLICIES)
 MODALITIES = ("video", "audio", "both")
 PER_MODALITY = (
     "cfg_scale", "stg_scale", "rescale_scale", "modality_scale", "nag_scale", "skip_step",
@@ -199,6 +201,9 @@ class GenerationRequest:
     stg_blocks: tuple[int, ...] | None = None
     skip_step: PerModality = field(default=PerModality(0, 0))  # k: guide every (k+1)-th step only
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # sigmas outside are not guided
+    # Guidance passes are left out once they point as the prompt's own: the cosine; 1 = never.
+    adaptive_guidance: float = 1.0
+    step_cache: str = "off"  # one of STEP_CACHES: steps that are forecast instead of computed
     # Negative prompts for models that run without cfg_scale; 1 = off.
     nag_scale: PerModality = field(default=PerModality(1.0, 1.0))
     nag_tau: float = 2.5
@@ -266,6 +271,7 @@ class GenerationRequest:
             ("start_time", 0.0, math.inf, False),
             ("end_time", 0.0, math.inf, False),
             ("audio_start_time", 0.0, math.inf, False),
+            ("adaptive_guidance", 0.0, 1.0, False),
             ("nag_tau", 0.0, 1000.0, False),
             ("nag_alpha", 0.0, 1.0, False),
             ("window_frames", 1, math.inf, True),
@@ -279,6 +285,7 @@ class GenerationRequest:
             ("schedule", SCHEDULE_NAMES),
             ("modality", MODALITIES),
             ("camera", CAMERAS),
+            ("step_cache", STEP_CACHES),
         ):
             if getattr(self, name) is not None:
                 _check_choice(name, getattr(self, name), choices)

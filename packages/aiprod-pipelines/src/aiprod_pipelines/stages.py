@@ -13,6 +13,7 @@ tokens, D context width.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,25 +26,28 @@ from einops import rearrange
 from torch import Tensor
 
 from aiprod_core.components import conditioning, denoising, schedulers
+from aiprod_core.components.constants import computed_once
 from aiprod_core.components.denoising import Sampler
-from aiprod_core.components.guiders import Guidance, GuidedModality, Model
+from aiprod_core.components.guiders import Guidance, GuidedDenoiser, GuidedModality, Model
 from aiprod_core.components.nag import NAG, both_prompts, guided_text_attention
 from aiprod_core.components.patchifiers import AudioGrid, VideoGrid
 from aiprod_core.components.samplers import SAMPLERS
+from aiprod_core.components.step_cache import POLICIES
 from aiprod_core.components.tiled_model import in_tiles
 from aiprod_core.components.windows import Place, denoise_in_windows
-from aiprod_core.errors import InputError
+from aiprod_core.errors import InputError, is_out_of_memory
 from aiprod_core.loader.lora import coverage, open_lora
 from aiprod_core.model.mel import log_mel
-from aiprod_core.model.transformer import Perturbations, Transformer
+from aiprod_core.model.transformer import Perturbations
 from aiprod_core.model.upsampler import upsample_latent
+from aiprod_core.parallel import in_parallel
 from aiprod_core.tiling import decode_chunks, default_tiling, encode_tiled
 from aiprod_core.types import AV, LatentState, Modality, ScaleFactors, VideoShape
 from aiprod_pipelines import media, recipe
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest, ImageCondition, LoraFile
-from aiprod_pipelines.tiles import choose_tiling, free_memory, refine_tiles
+from aiprod_pipelines.tiles import choose_tiling, refine_tiles
 
 FRAMES_AT_ONCE = 16  # converted to bytes and handed to the video encoder together
 # Samplers that draw noise have generators of their own, so that a seed's first noise is the same
@@ -86,21 +90,37 @@ class States:
 def encode_prompts(
     models: ModelSet, request: GenerationRequest, progress: Progress
 ) -> list[Context]:
-    """The prompt's context and, where the request is guided by one, the negative prompt's."""
-    prompts = [request.text]
+    """The contexts of `prompts_of`, in order; known ones are not encoded again."""
+    prompts = prompts_of(request)
+    with progress.stage("encode prompt"):
+        found = {text: models.recall(text_identity(text), "text_encoder") for text in prompts}
+        unknown = [text for text in found if found[text] is None]
+        if unknown:
+            # One prompt at a time, so that a context does not depend on what else was asked for.
+            with models.text_encoder() as encoder:
+                hidden = {text: encoder.encode([text]) for text in unknown}
+            with models.text_projector() as projector:
+                for text, (states, mask) in hidden.items():
+                    states = states.to(models.device, models.dtype)
+                    video, audio, _ = projector(states, mask.to(models.device))
+                    found[text] = {"video": video, "audio": audio}
+                    models.keep(text_identity(text), found[text], "text_encoder")
+        return [Context(**found[text]) for text in prompts]  # pyright: ignore[reportCallIssue]
+
+
+def prompts_of(request: GenerationRequest) -> list[str]:
+    """The prompt and, where the request is guided by one, the negative prompt."""
     modalities = ("video", "audio") if request.generate_audio else ("video",)
     if any(
         guidance_of(request, name).cfg_scale != 1 or nag_of(request, name).is_on
         for name in modalities
     ):
-        prompts.append(request.negative_prompt or "")
-    with progress.stage("encode prompt"):
-        with models.text_encoder() as encoder:
-            hidden, mask = encoder.encode(prompts)
-        with models.text_projector() as projector:
-            hidden = hidden.to(models.device, models.dtype)
-            video, audio, _ = projector(hidden, mask.to(models.device))
-        return [Context(video[i : i + 1], audio[i : i + 1]) for i in range(len(prompts))]
+        return [request.text, request.negative_prompt or ""]
+    return [request.text]
+
+
+def text_identity(text: str) -> dict[str, str]:
+    return {"kind": "prompts", "text": text}
 
 
 def encode_images(
@@ -114,12 +134,22 @@ def encode_images(
         return []
     height, width = request.shape.height, request.shape.width
     encoded = []
-    with progress.stage("encode images", len(images)) as advance, models.video_encoder() as encoder:
+    with progress.stage("encode images", len(images)) as advance:
         for image in images:
-            frame = media.compress_frame(media.read_image(image.path), request.image_crf or 0)
-            frame = media.prepare_frame(frame, height, width)
-            latent = encoder(_to_pixels(models, frame[None]))
-            encoded.append(ImageLatent(latent.float(), image.frame, image.strength))
+            identity = {
+                "kind": "images",
+                "image": recipe.input_sha256(image.path),
+                "size": [height, width],
+                "crf": request.image_crf,
+            }
+            known = models.recall(identity, "video_encoder")
+            if known is None:
+                frame = media.compress_frame(media.read_image(image.path), request.image_crf or 0)
+                frame = media.prepare_frame(frame, height, width)
+                with models.video_encoder() as encoder:
+                    known = {"latent": encoder(_to_pixels(models, frame[None])).float()}
+                models.keep(identity, known, "video_encoder")
+            encoded.append(ImageLatent(known["latent"], image.frame, image.strength))
             advance(1)
     return encoded
 
@@ -378,12 +408,25 @@ def denoise(
         progress.stage(stage, (len(sigmas) - 1) * len(windows)) as advance,
         models.transformer(adapters, audio_only=states.video is None) as transformer,
         guided_text_attention(transformer, **nag),
+        # Where blocks come and go to save memory, nothing of them is kept.
+        computed_once(transformer) if models.offload in ("none", "model") else nullcontext(),
+        in_parallel(models.parallel, transformer) as shared,
     ):
         for lora, strength in adapters:
             progress.note(f"{lora.name}: {coverage(transformer, lora)} at strength {strength:g}")
-        model = _computing_in(models.dtype, transformer)
+        model = _computing_in(models.dtype, shared)
         if tiles is not None:
             model = in_tiles(model, tiles, models.profile.scale)
+
+        def lighten(denoiser: GuidedDenoiser) -> bool:
+            way: str | None = "one guidance pass at a time"
+            if denoiser.max_batch_size != 1:
+                denoiser.max_batch_size = 1
+            else:
+                way = models.lighten(transformer)
+            if way is not None:
+                progress.note(f"out of memory: going on with {way}")
+            return way is not None
 
         def run(video: LatentState | None, audio: LatentState | None, place: Place) -> AV:
             def after_step(step: int, sigma: float, x: AV, denoised: AV) -> None:
@@ -398,6 +441,9 @@ def denoise(
                 sampler=sample,
                 generator=generator,
                 max_batch_size=request.max_batch_size,
+                min_cosine=request.adaptive_guidance,
+                cache_policy=POLICIES.get(request.step_cache),
+                lighten=lighten if models.parallel == "none" else None,
                 callback=after_step,
             )
 
@@ -484,7 +530,7 @@ def _latent(
     return grid.unpatchify(torch.where(state.denoise_mask == 0, state.clean_latent, tokens))
 
 
-def _computing_in(dtype: torch.dtype, transformer: Transformer) -> Model:
+def _computing_in(dtype: torch.dtype, transformer: Model) -> Model:
     """The transformer for a float32 state: tokens and text are cast to its dtype on the way in."""
 
     def cast(modality: Modality | None) -> Modality | None:
@@ -520,20 +566,46 @@ def decode_video(
     num_frames = (latent.shape[2] - 1) * scale.time + 1
     generator = torch.Generator(models.device).manual_seed(0)  # for decoders that inject noise
     with progress.stage("decode video", num_frames) as advance, models.video_decoder() as decoder:
-        tiling = choose_tiling(
-            tile,
-            decoder.config,
-            scale,
-            (num_frames, latent.shape[3] * scale.height, latent.shape[4] * scale.width),
+        size = (num_frames, latent.shape[3] * scale.height, latent.shape[4] * scale.width)
+        choose = partial(
+            choose_tiling,
+            config=decoder.config,
+            scale=scale,
+            size=size,
             element_bytes=models.dtype.itemsize,
-            free_bytes=free_memory(models.device),
             is_streamed=is_streamed,
         )
+        free = models.free_memory()
+        tiling = choose(tile, free_bytes=free)
         latent = latent.to(models.device, models.dtype)
-        for pixels in decode_chunks(decoder, latent, tiling, generator=generator):
-            for part in pixels[0].split(FRAMES_AT_ONCE, dim=1):
+        done = 0  # frames handed out
+        while True:
+            try:
+                chunks = decode_chunks(decoder, latent, tiling, generator=generator.manual_seed(0))
+                for frames in _from(done, chunks):
+                    done += len(frames)
+                    advance(len(frames))
+                    yield frames
+                return
+            except (MemoryError, RuntimeError) as error:
+                free //= 2
+                smaller = choose("auto", free_bytes=free)
+                if not is_out_of_memory(error) or smaller == tiling:
+                    raise
+                tiling = smaller
+                progress.note("out of memory: going on with smaller tiles")
+
+
+def _from(start: int, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Decoded chunks (1, 3, frames, H, W) as bytes (frames, H, W, 3) from frame `start` on."""
+    at = 0
+    for pixels in chunks:
+        for part in pixels[0].split(FRAMES_AT_ONCE, dim=1):
+            skipped = min(max(start - at, 0), part.shape[1])
+            at += part.shape[1]
+            part = part[:, skipped:]
+            if part.shape[1]:
                 frames = ((part.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-                advance(frames.shape[1])
                 yield rearrange(frames, "c f h w -> f h w c").cpu()
 
 

@@ -5,11 +5,11 @@ and width stay whole where the memory that is free allows it, because a whole pi
 else the largest of a few sizes that fits is taken.
 """
 
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -148,21 +148,23 @@ def refine_tiles(spec: str, scale: ScaleFactors, shape: VideoShape) -> Tensor | 
     return tile_weights((shape.height // scale.height, shape.width // scale.width), tile, overlap)
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device, max_bytes: int | None = None) -> int:
     """Bytes that can still be allocated: on the GPU, or in main memory within the process's limit.
 
-    Memory that PyTorch has reserved on a GPU and does not use counts as free.
+    Memory that PyTorch has reserved on a GPU and does not use counts as free. `max_bytes` is what
+    the process may hold in all.
     """
+    if max_bytes is not None:
+        is_cuda = device.type == "cuda"
+        held = (
+            torch.cuda.memory_allocated(device) if is_cuda else psutil.Process().memory_info().rss
+        )
+        return max(0, min(free_memory(device), max_bytes - held))
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + unused
-    if sys.platform == "linux":
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(line for line in lines if line.startswith("MemAvailable"))
-        return min(int(available.split()[1]) * 1024, _free_in_cgroup())
-    # No portable way to ask what is free; half of the memory is a careful guess.
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return min(psutil.virtual_memory().available, _free_in_cgroup())
 
 
 def _free_in_cgroup() -> int:
