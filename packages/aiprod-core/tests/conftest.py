@@ -1,10 +1,14 @@
 """A tiny joint transformer and inputs for it, shared by several test files."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, by whomever
 
 from aiprod_core.model.transformer import Transformer, TransformerConfig
 from aiprod_core.types import Modality

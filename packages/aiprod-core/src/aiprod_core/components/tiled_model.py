@@ -76,13 +76,13 @@ def _axis_weights(length: int, size: int, overlap: int) -> Tensor:
 
 def _some_tokens(video: Modality, index: Tensor) -> Modality:
     count = video.latent.shape[1]
-    attention, marker = video.attention_mask, video.keyframe_marker
+    attention, marker, timesteps = video.attention_mask, video.keyframe_marker, video.timesteps
     if attention is not None:
         attention = attention.expand(-1, count, -1)[:, index][:, :, index]
     return replace(
         video,
         latent=video.latent[:, index],
-        timesteps=video.timesteps.expand(-1, count, -1)[:, index],
+        timesteps=timesteps if timesteps.shape[1] == 1 else timesteps[:, index],
         positions=video.positions[:, :, index],
         attention_mask=attention,
         keyframe_marker=None if marker is None else marker[:, index],

@@ -207,17 +207,17 @@ class ResBlock(nn.Module):
         """`embedding` (B, 4C) modulates both norms; `draw` gives the (H, W) maps to inject."""
         if self.scale_shift_table is not None and embedding is not None:
             shift1, scale1, shift2, scale2 = modulation(self.scale_shift_table, embedding)
-            h = self.conv1(F.silu(pixel_norm(x) * (1 + scale1) + shift1))
+            h = self.conv1(silu_(torch.addcmul(shift1, pixel_norm(x), 1 + scale1)))
             h = inject_noise(h, self.per_channel_scale1, draw)
-            h = self.conv2(F.silu(pixel_norm(h) * (1 + scale2) + shift2))
+            h = self.conv2(silu_(torch.addcmul(shift2, pixel_norm(h), 1 + scale2)))
         else:
-            h = self.conv1(F.silu(pixel_norm(x)))
+            h = self.conv1(silu_(pixel_norm(x)))
             h = inject_noise(h, self.per_channel_scale1, draw)
-            h = self.conv2(F.silu(pixel_norm(h)))
+            h = self.conv2(silu_(pixel_norm(h)))
         h = inject_noise(h, self.per_channel_scale2, draw)
         if self.norm3 is not None and self.conv_shortcut is not None:
             x = self.conv_shortcut(self.norm3(x))
-        return x + h
+        return h.add_(x)  # h is a convolution's own output, which nothing else reads
 
 
 class SpaceToDepth(nn.Module):
@@ -243,7 +243,7 @@ class SpaceToDepth(nn.Module):
         shortcut = space_to_depth(x, self.stride)
         if self.averaged > 1:
             shortcut = shortcut.unflatten(1, (-1, self.averaged)).mean(dim=2)
-        return space_to_depth(self.conv(x), self.stride) + shortcut
+        return space_to_depth(self.conv(x), self.stride).add_(shortcut)
 
 
 class DepthToSpace(nn.Module):
@@ -273,7 +273,9 @@ class DepthToSpace(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         up = depth_to_space(self.conv(x), self.stride)
         if self.repeats:
-            up = up + depth_to_space(x, self.stride).repeat(1, self.repeats, 1, 1, 1)
+            shortcut = depth_to_space(x, self.stride)
+            # Repeated over the channels, without a copy that holds the repetition.
+            up.unflatten(1, (self.repeats, -1)).add_(shortcut[:, None])
         return up[:, :, 1:] if self.stride[0] == 2 else up  # frame 0 stands for one frame, not two
 
 
@@ -351,7 +353,14 @@ class PerChannelStatistics(nn.Module):
 
 def pixel_norm(x: Tensor) -> Tensor:
     """x / sqrt(mean over channels of x^2 + 1e-8), without a weight."""
-    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + 1e-8)
+    # The norm reads x once; squares and their mean would be two passes and a tensor more.
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x * torch.rsqrt(norm.square() / x.shape[1] + 1e-8)
+
+
+def silu_(x: Tensor) -> Tensor:
+    """SiLU, in place."""
+    return F.silu(x, inplace=True)
 
 
 def modulation(table: Tensor, embedding: Tensor) -> tuple[Tensor, ...]:

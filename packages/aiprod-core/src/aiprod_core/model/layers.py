@@ -19,6 +19,14 @@ def rms_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
+def rotated_norm(
+    x: Tensor, weight: Tensor, eps: float, rotary: Rotary | None, heads: int
+) -> Tensor:
+    """Queries or keys (B, N, heads * d), normalised over all heads together, then rotated."""
+    x = F.rms_norm(x, x.shape[-1:], weight, eps)
+    return x if rotary is None else rotate(x, rotary, heads)
+
+
 class Attention(nn.Module):
     """Multi-head attention with q and k normalised over all heads together, then rotated.
 
@@ -26,6 +34,8 @@ class Attention(nn.Module):
     or from x. With `is_gated`, each head's output is scaled by `2 sigmoid(to_gate_logits(x))`,
     which is 1 at initialisation of the gate.
     """
+
+    rotated_norm = staticmethod(rotated_norm)  # an instance may have a kernel's instead
 
     def __init__(
         self,
@@ -70,22 +80,26 @@ class Attention(nn.Module):
         (spatio-temporal guidance, needs S = N); a boolean (B, 1, 1) does so per sample.
         """
         context = x if context is None else context
-        v = self._split_heads(self.to_v(context))
         if keep is False:
-            out = v
+            out = self._split_heads(self.to_v(context))
         else:
-            q = self.q_norm(self.to_q(x))
-            k = self.k_norm(self.to_k(context))
-            if rotary is not None:
-                q = rotate(q, rotary, self.heads)
-                k = rotate(k, rotary if context_rotary is None else context_rotary, self.heads)
-            out = attention(self._split_heads(q), self._split_heads(k), v, mask)
+            q = self._split_heads(self._rotated(self.to_q(x), self.q_norm, rotary))
+            k, v = self.keys_values(context, rotary if context_rotary is None else context_rotary)
+            out = attention(q, k, v, mask)
             if isinstance(keep, Tensor):
                 out = torch.where(keep[..., None], out, v)
         out = out.transpose(1, 2)  # (B, N, heads, d)
         if self.to_gate_logits is not None:
             out = out * (2 * torch.sigmoid(self.to_gate_logits(x)))[..., None]
         return out.flatten(2)
+
+    def keys_values(self, context: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
+        """What queries look up in `context` (B, S, context_width): (B, heads, S, d) each."""
+        k = self._rotated(self.to_k(context), self.k_norm, rotary)
+        return self._split_heads(k), self._split_heads(self.to_v(context))
+
+    def _rotated(self, x: Tensor, norm: nn.RMSNorm, rotary: Rotary | None) -> Tensor:
+        return self.rotated_norm(x, norm.weight, norm.eps, rotary, self.heads)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         # Not einops: torch.compile would trace through it, which doubles a block's compile time.

@@ -117,13 +117,22 @@ class GemmaEncoder:
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Hidden states (B, S, D, L) and mask (B, S), 1 on tokens and 0 on padding."""
-        token_ids, mask = self.tokenize(texts)
-        token_ids, mask = token_ids.to(self.model.device), mask.to(self.model.device)
+        """Hidden states (B, S, D, L), zero on padding of all texts, and mask (B, S), 1 on tokens.
+
+        S is `max_length`. The body runs on the longest text only, at the positions that it has
+        behind the padding; nothing downstream reads the rest.
+        """
+        token_ids, mask = (rows.to(self.model.device) for rows in self.tokenize(texts))
+        padding = self.max_length - int(mask.sum(dim=1).max())
         output = self.model(
-            input_ids=token_ids, attention_mask=mask, output_hidden_states=True, use_cache=False
+            input_ids=token_ids[:, padding:],
+            attention_mask=mask[:, padding:],
+            position_ids=torch.arange(padding, self.max_length, device=mask.device)[None],
+            output_hidden_states=True,
+            use_cache=False,
         )
-        return torch.stack(output.hidden_states, dim=-1), mask
+        states = torch.stack(output.hidden_states, dim=-1)
+        return torch.nn.functional.pad(states, (0, 0, 0, 0, padding, 0)), mask
 
 
 class MiniLMEncoder:

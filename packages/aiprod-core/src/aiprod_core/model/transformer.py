@@ -443,8 +443,33 @@ class Transformer(nn.Module):
                 )
 
 
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """`x (1 + scale) + shift` in one pass over x."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """x (B, N, D) normalised, then `(1 + scale)` and `shift` (B or 1, N or 1, D)."""
+    return modulate(rms_norm(x, eps), scale, shift)
+
+
+def gated_sum(x: Tensor, gate: Tensor, out: Tensor) -> Tensor:
+    """`x + gate out` in one pass."""
+    return torch.addcmul(x, gate, out)
+
+
+def add_norm(x: Tensor, gate: Tensor | None, out: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`x + gate out`, gate None for 1, and what `rms_norm` makes of it."""
+    x = x + out if gate is None else gated_sum(x, gate, out)
+    return x, rms_norm(x, eps)
+
+
 class Block(nn.Module):
     """One layer of both streams. Rows of the tables are named where they are read."""
+
+    # An instance may have a kernel's instead.
+    modulated_norm = staticmethod(modulated_norm)
+    add_norm = staticmethod(add_norm)
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -489,20 +514,27 @@ class Block(nn.Module):
         keep: Keep,
     ) -> tuple[Tensor | None, Tensor | None]:
         """x_v, x_a (B, N, D) of each stream. A stream that is not updated is still read."""
-        # Self-attention, then text.
+        # Self-attention, then text. What comes of them is normalised for what reads it next.
+        normed_v = normed_a = None
         if x_v is not None and video is not None and video.is_updated:
             table = self.scale_shift_table
-            x_v = self._self_attention(x_v, video, self.attn1, table, keep.video_self)
-            x_v = self._text_attention(x_v, video, self.attn2, table, self.prompt_scale_shift_table)
+            x_v, normed_v = self._self_attention(x_v, video, self.attn1, table, keep.video_self)
+            x_v, normed_v = self._text_attention(
+                x_v, normed_v, video, self.attn2, table, self.prompt_scale_shift_table
+            )
         if x_a is not None and audio is not None and audio.is_updated:
             table = self.audio_scale_shift_table
-            x_a = self._self_attention(x_a, audio, self.audio_attn1, table, keep.audio_self)
-            x_a = self._text_attention(
-                x_a, audio, self.audio_attn2, table, self.audio_prompt_scale_shift_table
+            x_a, normed_a = self._self_attention(
+                x_a, audio, self.audio_attn1, table, keep.audio_self
+            )
+            x_a, normed_a = self._text_attention(
+                x_a, normed_a, audio, self.audio_attn2, table, self.audio_prompt_scale_shift_table
             )
         # The other modality; both directions read the streams as they are now.
         if x_v is not None and x_a is not None and video is not None and audio is not None:
-            x_v, x_a = self._cross_modal_attention(x_v, x_a, video, audio, keep)
+            normed_v = rms_norm(x_v, self.eps) if normed_v is None else normed_v
+            normed_a = rms_norm(x_a, self.eps) if normed_a is None else normed_a
+            x_v, x_a = self._cross_modal_attention(x_v, x_a, normed_v, normed_a, video, audio, keep)
         # Feed-forward.
         if x_v is not None and video is not None and video.is_updated:
             x_v = self._feed_forward(x_v, video, self.ff, self.scale_shift_table)
@@ -512,22 +544,29 @@ class Block(nn.Module):
 
     def _self_attention(
         self, x: Tensor, stream: Stream, attn: Attention, table: Tensor, keep: Tensor | bool
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         shift, scale, gate = rows_of(table, stream.modulation, 0, 3)
         out = attn(
-            modulate(rms_norm(x, self.eps), scale, shift),
+            self.modulated_norm(x, scale, shift, self.eps),
             mask=stream.attention_bias,
             rotary=stream.rotary,
             keep=keep,
         )
-        return x + gate * out
+        return self.add_norm(x, gate, out, self.eps)
 
     def _text_attention(
-        self, x: Tensor, stream: Stream, attn: Attention, table: Tensor, prompt_table: Tensor | None
-    ) -> Tensor:
-        normed, context = rms_norm(x, self.eps), stream.context
+        self,
+        x: Tensor,
+        normed: Tensor,
+        stream: Stream,
+        attn: Attention,
+        table: Tensor,
+        prompt_table: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        context = stream.context
         if prompt_table is None:  # 2.0: neither modulated nor gated
-            return x + attn(normed, context, mask=stream.context_bias)
+            out = attn(normed, context, mask=stream.context_bias)
+            return self.add_norm(x, None, out, self.eps)
         shift, scale, gate = rows_of(table, stream.modulation, 6, 9)
         if stream.prompt_modulation is None:
             context_shift, context_scale = prompt_table.unbind(0)
@@ -535,14 +574,20 @@ class Block(nn.Module):
             context_shift, context_scale = rows_of(prompt_table, stream.prompt_modulation, 0, 2)
         context = modulate(context, context_scale, context_shift)
         out = attn(modulate(normed, scale, shift), context, mask=stream.context_bias)
-        return x + gate * out
+        return self.add_norm(x, gate, out, self.eps)
 
     def _cross_modal_attention(
-        self, x_v: Tensor, x_a: Tensor, video: Stream, audio: Stream, keep: Keep
+        self,
+        x_v: Tensor,
+        x_a: Tensor,
+        normed_v: Tensor,
+        normed_a: Tensor,
+        video: Stream,
+        audio: Stream,
+        keep: Keep,
     ) -> tuple[Tensor, Tensor]:
         assert video.cross_modulation is not None and audio.cross_modulation is not None
         assert video.cross_gate is not None and audio.cross_gate is not None
-        normed_v, normed_a = rms_norm(x_v, self.eps), rms_norm(x_a, self.eps)
         video_table = self.scale_shift_table_a2v_ca_video
         audio_table = self.scale_shift_table_a2v_ca_audio
         if video.is_updated and keep.audio_to_video is not False:
@@ -556,7 +601,7 @@ class Block(nn.Module):
                 context_rotary=audio.cross_rotary,
             )
             gate = video_table[4] + video.cross_gate
-            x_v = x_v + gate * keep.audio_to_video * out
+            x_v = gated_sum(x_v, gate * keep.audio_to_video, out)
         if audio.is_updated and keep.video_to_audio is not False:
             scale_v, shift_v = rows_of(video_table, video.cross_modulation, 2, 4)
             scale_a, shift_a = rows_of(audio_table, audio.cross_modulation, 2, 4)
@@ -567,12 +612,12 @@ class Block(nn.Module):
                 context_rotary=video.cross_rotary,
             )
             gate = audio_table[4] + audio.cross_gate
-            x_a = x_a + gate * keep.video_to_audio * out
+            x_a = gated_sum(x_a, gate * keep.video_to_audio, out)
         return x_v, x_a
 
     def _feed_forward(self, x: Tensor, stream: Stream, ff: FeedForward, table: Tensor) -> Tensor:
         shift, scale, gate = rows_of(table, stream.modulation, 3, 6)
-        return x + gate * ff(modulate(rms_norm(x, self.eps), scale, shift))
+        return gated_sum(x, gate, ff(self.modulated_norm(x, scale, shift, self.eps)))
 
 
 class CaptionProjection(nn.Module):
@@ -662,10 +707,6 @@ def attention_weight_bias(weights: Tensor | None, dtype: torch.dtype) -> Tensor 
 def rows_of(table: Tensor, modulation: Tensor, start: int, stop: int) -> tuple[Tensor, ...]:
     """Rows of the block's table (rows, D) plus the shared modulation (B, N, rows, D)."""
     return (table[start:stop] + modulation[:, :, start:stop]).unbind(2)
-
-
-def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
 
 
 def output_norm(x: Tensor, table: Tensor, embedding: Tensor) -> Tensor:

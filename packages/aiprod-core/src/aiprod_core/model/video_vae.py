@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -34,6 +33,7 @@ from aiprod_core.model.conv_blocks import (
     modulation,
     patchify,
     pixel_norm,
+    silu_,
     unpatchify,
     up_block,
 )
@@ -199,7 +199,7 @@ class VideoEncoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        x = self.conv_out(F.silu(pixel_norm(x)))
+        x = self.conv_out(silu_(pixel_norm(x)))
         mean, rest = x.tensor_split([self.config.latent_channels], dim=1)
         return mean, rest if self.config.latent_log_var in ("uniform", "per_channel") else None
 
@@ -267,8 +267,8 @@ class VideoDecoder(nn.Module):
         if self.config.timestep_conditioning and timestep is not None:
             embedding = self.last_time_embedder(timestep, x.dtype)
             shift, scale = modulation(self.last_scale_shift_table, embedding)
-            x = x * (1 + scale) + shift
-        return unpatchify(self.conv_out(F.silu(x)), self.config.patch_size)
+            x = torch.addcmul(shift, x, 1 + scale)
+        return unpatchify(self.conv_out(silu_(x)), self.config.patch_size)
 
 
 def to_frames(pixels: Tensor) -> Tensor:

@@ -1,0 +1,126 @@
+"""Faster equal forms of what a network computes, swapped in from outside.
+
+The networks name the places: the linear layers, `Attention.rotated_norm`, `Block.modulated_norm`,
+`Block.add_norm`, `GELULinear` and `CausalConv3d`. A swap hides the class's function by one of the
+instance, so weights, names and submodules stay; weights may still be moved or fused with LoRAs.
+
+On CUDA these are the Triton kernels of this package, on a CPU oneDNN's products
+and convolutions. Layers that
+quantisation has replaced are left alone.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from aiprod_core.errors import InputError
+from aiprod_core.kernels import onednn
+from aiprod_core.model.conv_blocks import CausalConv3d
+from aiprod_core.model.layers import Attention, FeedForward, GELULinear
+from aiprod_core.model.transformer import Block, Transformer
+
+
+class Swap(NamedTuple):
+    name: str
+    module: nn.Module
+    attribute: str
+    kernel: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What was swapped in."""
+
+    swaps: list[Swap]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """In how many places, by kernel."""
+        return dict(Counter(swap.name for swap in self.swaps))
+
+    def disable(self) -> None:
+        for swap in self.swaps:
+            delattr(swap.module, swap.attribute)
+
+
+def enable_kernels(model: nn.Module, device: torch.device | None = None) -> Kernels:
+    """Swaps in what is fastest on `device`, by default that of the weights, for inference.
+
+    Places that are hidden already stay so: a second call swaps nothing. Raises InputError where a
+    GPU's kernels find no Triton, a CPU's no oneDNN, and for other devices.
+    """
+    device = device or next(model.parameters()).device
+    if device.type == "cuda":
+        swaps = _on_cuda(model)
+    elif device.type == "cpu":
+        swaps = _on_cpu(model)
+    else:
+        raise InputError(f"there are no kernels for device {device.type}; only for cuda and cpu")
+    swaps = [swap for swap in swaps if swap.attribute not in vars(swap.module)]
+    for swap in swaps:
+        setattr(swap.module, swap.attribute, swap.kernel)
+    return Kernels(swaps)
+
+
+def _on_cpu(model: nn.Module) -> list[Swap]:
+    if not onednn.is_available():
+        raise InputError("the kernels for CPUs need a PyTorch with oneDNN, which this one is not")
+    swaps = []
+    for module in model.modules():
+        if isinstance(module, Attention):
+            linears = [module.to_q, module.to_k, module.to_v, module.to_out[0]]
+        elif isinstance(module, FeedForward):
+            linears = [module.net[2]]
+        else:
+            linears = []
+        swaps += [
+            Swap("oneDNN linear", linear, "forward", partial(onednn.linear, linear))
+            for linear in linears
+            if type(linear) is nn.Linear
+        ]
+        if isinstance(module, GELULinear) and type(module.proj) is nn.Linear:
+            kernel = partial(onednn.gelu_linear, module)
+            swaps.append(Swap("oneDNN linear with GELU", module, "forward", kernel))
+        elif isinstance(module, CausalConv3d):
+            kernel = partial(onednn.causal_conv3d, module)
+            swaps.append(Swap("3D convolution in 2D", module, "forward", kernel))
+    return swaps
+
+
+def _on_cuda(model: nn.Module) -> list[Swap]:
+    try:
+        from aiprod_core.kernels.fused_adaln import fused_adaln
+        from aiprod_core.kernels.fused_gate import fused_gate
+        from aiprod_core.kernels.fused_gelu import fused_gelu
+        from aiprod_core.kernels.fused_qk_rope import fused_qk_rope
+    except ModuleNotFoundError as error:
+        raise InputError("the kernels for GPUs need Triton; run pip install triton") from error
+
+    def gelu_linear(layer: GELULinear, x: Tensor) -> Tensor:
+        return fused_gelu(F.linear(x, layer.proj.weight), layer.proj.bias)
+
+    swaps = []
+    for module in model.modules():
+        if isinstance(module, Attention):
+            swaps.append(Swap("q/k norm + rotary", module, "rotated_norm", fused_qk_rope))
+        elif isinstance(module, Block):
+            swaps.append(Swap("norm + scale + shift", module, "modulated_norm", fused_adaln))
+            swaps.append(Swap("gated residual + norm", module, "add_norm", fused_gate))
+        elif isinstance(module, GELULinear) and type(module.proj) is nn.Linear:
+            swaps.append(Swap("bias + GELU", module, "forward", partial(gelu_linear, module)))
+    return swaps
+
+
+def compile_blocks(transformer: Transformer, **options: Any) -> None:
+    """Compiles one block, for all: they share code, so that the first pays for the others.
+
+    `options` are those of `torch.compile`. Swap kernels in before, not after.
+    """
+    for block in transformer.transformer_blocks:
+        block.compile(**options)

@@ -1,0 +1,64 @@
+"""RMS norm, scale and shift in one pass, and optionally the rounding to fp8 that follows.
+
+PyTorch reads and writes the tokens two or three times for `norm(x) (1 + scale) + shift`; here each
+row is read once and written once. With `fp8_scale` the result is divided by it and written in
+float8_e4m3fn, as a scaled fp8 linear layer wants its input: a quarter of float32's bytes, half of
+bfloat16's.
+
+Letters: B batch, N tokens, D width.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from aiprod_core.model.transformer import modulated_norm
+
+FP8_MAX = tl.constexpr(448.0)
+
+
+def reference(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, fp8_scale: Tensor | None = None
+) -> Tensor:
+    y = modulated_norm(x, scale, shift, eps)
+    if fp8_scale is None:
+        return y
+    return (y.float() / fp8_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+
+
+def fused_adaln(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, fp8_scale: Tensor | None = None
+) -> Tensor:
+    """x (B, N, D); scale, shift (B or 1, N or 1, D); fp8_scale a float32 scalar. (B, N, D)."""
+    x = x.contiguous()
+    batch, tokens, width = x.shape
+    scale, shift = (row.expand(batch, tokens, width) for row in (scale, shift))
+    out = torch.empty_like(x, dtype=x.dtype if fp8_scale is None else torch.float8_e4m3fn)
+    _adaln[(batch * tokens,)](
+        x, scale, shift, out, x if fp8_scale is None else fp8_scale,
+        tokens, width, scale.stride(0), scale.stride(1), shift.stride(0), shift.stride(1), eps,
+        TO_FP8=fp8_scale is not None, BLOCK=triton.next_power_of_2(width),
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _adaln(
+    x_ptr, scale_ptr, shift_ptr, out_ptr, fp8_scale_ptr,
+    tokens, width, scale_b, scale_n, shift_b, shift_n, eps,
+    TO_FP8: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    b, n = row // tokens, row % tokens
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(x_ptr + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + b * scale_b + n * scale_n + column, mask=inside, other=0.0)
+    shift = tl.load(shift_ptr + b * shift_b + n * shift_n + column, mask=inside, other=0.0)
+    y = x * tl.rsqrt(tl.sum(x * x) / width + eps)
+    y = y * (1.0 + scale.to(tl.float32)) + shift.to(tl.float32)
+    if TO_FP8:
+        # The cast would turn what is larger into NaN.
+        y = tl.clamp(y / tl.load(fp8_scale_ptr), -FP8_MAX, FP8_MAX)
+    tl.store(out_ptr + row * width + column, y.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,171 @@
+"""Kernels against their references; Triton's run in its interpreter where there is no GPU."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from aiprod_core.errors import InputError
+from aiprod_core.kernels.apply import enable_kernels
+from aiprod_core.kernels.onednn import is_faster_in_2d, is_product_large
+from aiprod_core.model.conv_blocks import CausalConv3d
+from aiprod_core.model.layers import FeedForward
+from aiprod_core.model.rope import rotary_table
+from aiprod_core.model.transformer import Transformer, TransformerConfig
+from aiprod_core.quantization.fp8 import cast_linears
+from aiprod_core.types import Modality
+
+Build = Callable[[TransformerConfig], Transformer]
+Inputs = Callable[..., tuple[Modality, Modality]]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def triton() -> Any:
+    return pytest.importorskip("triton")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def rows(per_token: bool, seed: int) -> Tensor:
+    """A modulation as blocks get it: a slice of one tensor, of all tokens or of each sample."""
+    return random(2, 5 if per_token else 1, 3, 24, seed=seed)[:, :, 1]
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_norm_scale_and_shift_equal_their_reference(triton: Any, per_token: bool):
+    from aiprod_core.kernels.fused_adaln import fused_adaln, reference
+
+    x, scale, shift = random(2, 5, 24), rows(per_token, 1), rows(per_token, 2)
+    torch.testing.assert_close(
+        fused_adaln(x, scale, shift, 1e-6), reference(x, scale, shift, 1e-6), atol=1e-6, rtol=1e-5
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter writes zeros for float8_e4m3fn")
+def test_rounding_to_fp8_in_the_norm_equals_rounding_after_it(triton: Any):
+    from aiprod_core.kernels.fused_adaln import fused_adaln, reference
+
+    x, scale, shift = random(2, 5, 24), rows(False, 1), rows(False, 2)
+    fp8_scale = torch.tensor(0.005, device=DEVICE)  # some values pass 448 and are clamped
+    got = fused_adaln(x, scale, shift, 1e-6, fp8_scale).float()
+    want = reference(x, scale, shift, 1e-6, fp8_scale).float()
+    assert want.abs().max() == 448
+    # Sums in another order may put a value on the other side of a rounding boundary: a step of 1/8.
+    assert ((got - want).abs() <= want.abs() / 8 + 2**-9).all()
+    assert (got != want).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("has_gate", [False, True])
+def test_a_gated_residual_and_the_next_norm_equal_their_reference(triton: Any, has_gate: bool):
+    from aiprod_core.kernels.fused_gate import fused_gate, reference
+
+    x, out, gate = random(2, 5, 24), random(2, 5, 24, seed=1), rows(True, 2) if has_gate else None
+    for got, want in zip(
+        fused_gate(x, gate, out, 1e-6), reference(x, gate, out, 1e-6), strict=True
+    ):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_interleaved", [False, True])
+def test_normed_and_rotated_queries_equal_their_reference(triton: Any, is_interleaved: bool):
+    from aiprod_core.kernels.fused_qk_rope import fused_qk_rope, reference
+
+    positions = random(1, 3, 5, seed=3)  # shared by both samples
+    rotary = rotary_table(positions, (1, 2, 3), 24, is_interleaved=is_interleaved)
+    x, weight = random(2, 5, 24), random(24, seed=4)
+    for table in (rotary, None):
+        torch.testing.assert_close(
+            fused_qk_rope(x, weight, 1e-6, table, 3),
+            reference(x, weight, 1e-6, table, 3),
+            atol=1e-6,
+            rtol=1e-5,
+        )
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_bias_and_gelu_equal_their_reference(triton: Any, has_bias: bool):
+    from aiprod_core.kernels.fused_gelu import fused_gelu, reference
+
+    x, bias = 4 * random(3, 7, 96), random(96, seed=1) if has_bias else None
+    want = reference(x, bias)
+    torch.testing.assert_close(fused_gelu(x, bias), want, atol=2e-6, rtol=1e-5)
+
+
+def test_a_transformer_with_kernels_computes_the_same(
+    tiny_config: TransformerConfig, randomised: Build, modalities: Inputs
+):
+    transformer, inputs = randomised(tiny_config), modalities(tiny_config)
+    with torch.inference_mode():
+        want = transformer(*inputs)
+        kernels = enable_kernels(transformer)
+        got = transformer(*inputs)
+        # Per block six attentions of four linears, and the second linear of two feed-forwards.
+        assert kernels.counts == {"oneDNN linear": 52, "oneDNN linear with GELU": 4}
+        assert enable_kernels(transformer).counts == {}
+        kernels.disable()
+        restored = transformer(*inputs)
+    for ours, reference, after in zip(got, want, restored, strict=True):
+        torch.testing.assert_close(ours, reference, atol=2e-5, rtol=1e-4)
+        assert torch.equal(after, reference)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+@pytest.mark.parametrize("frames", [1, 2, 5])
+def test_a_causal_convolution_in_2d_is_that_in_3d(causal: bool, padding: Any, frames: int):
+    conv = CausalConv3d(3, 4, causal=causal, padding=padding)
+    x = random(1, 3, frames, 24, 24).cpu().to(memory_format=torch.channels_last_3d)
+    with torch.inference_mode():
+        want = conv(x)
+        assert enable_kernels(conv).counts == {"3D convolution in 2D": 1}
+        assert is_faster_in_2d(conv.conv, x)
+        torch.testing.assert_close(conv(x), want, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_large_products_by_onednn_equal_those_by_pytorch():
+    feed_forward = FeedForward(256)
+    x = random(1, 40, 256).cpu()
+    assert is_product_large(x, feed_forward.net[0].proj.weight)
+    want = feed_forward(x)
+    enable_kernels(feed_forward)
+    torch.testing.assert_close(feed_forward(x), want, atol=1e-5, rtol=1e-5)
+
+
+def test_kernels_leave_quantised_layers_alone_and_gradients_correct(
+    tiny_config: TransformerConfig, randomised: Build, modalities: Inputs
+):
+    transformer = randomised(tiny_config).requires_grad_()
+    video, _ = transformer(*modalities(tiny_config))
+    video.sum().backward()
+    want = {
+        name: p.grad.clone() for name, p in transformer.named_parameters() if p.grad is not None
+    }
+    transformer.zero_grad()
+    enable_kernels(transformer)
+    video, _ = transformer(*modalities(tiny_config))
+    video.sum().backward()
+    for name, parameter in transformer.named_parameters():
+        if name in want:
+            assert torch.equal(parameter.grad, want[name])
+    quantised = randomised(tiny_config)
+    cast_linears(quantised)
+    assert enable_kernels(quantised).counts == {}
+
+
+def test_kernels_for_a_gpu_are_refused_without_triton(
+    tiny_config: TransformerConfig, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("adaln", "gate", "gelu", "qk_rope"):
+        monkeypatch.delitem(sys.modules, f"aiprod_core.kernels.fused_{name}", False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(InputError, match="Triton"):
+        enable_kernels(Transformer(tiny_config), torch.device("cuda"))
