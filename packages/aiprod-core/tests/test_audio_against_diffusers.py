@@ -13,20 +13,11 @@ from aiprod_core.model.vocoder import (
     Vocoder,
     VocoderConfig,
 )
+from aiprod_core.parity.diffusers_peers import VOCODER_NAMES, replaced
 
 pytest.importorskip("diffusers")
 from diffusers.models.autoencoders.autoencoder_kl_ltx2_audio import AutoencoderKLLTX2Audio
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder, LTX2VocoderWithBWE
-
-# Theirs to ours, in this order.
-VOCODER_NAMES = {
-    "conv_in.": "conv_pre.",
-    "upsamplers.": "ups.",
-    "resnets.": "resblocks.",
-    "conv_out.": "conv_post.",
-    "act_out.": "act_post.",
-    "downsample.filter": "downsample.lowpass.filter",
-}
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +33,8 @@ def assert_agree(got: Tensor, want: Tensor) -> None:
 def vocoder_weights(theirs: nn.Module) -> dict[str, Tensor]:
     ours = {}
     for name, tensor in theirs.state_dict().items():
-        for old, new in VOCODER_NAMES.items():
-            name = name.replace(old, new)
         if "inverse_basis" not in name:  # stored, but nothing uses it
-            ours[name] = tensor
+            ours[replaced(name, VOCODER_NAMES)] = tensor
     return ours
 
 

@@ -5,8 +5,9 @@ import torch
 
 from aiprod_core.model.text_connector import TextConfig, TextProjector
 from aiprod_core.model.transformer import PROJECTED_TEXT
+from aiprod_core.parity.diffusers_peers import text_connectors_peer
 
-connectors = pytest.importorskip("diffusers.pipelines.ltx2.connectors")
+pytest.importorskip("diffusers")
 
 HIDDEN_SIZE, NUM_STATES, LENGTH = 16, 3, 16
 
@@ -15,16 +16,6 @@ COMMON = {
     "connector_positional_embedding_max_pos": [4096],
     "connector_num_layers": 2,
     "connector_num_attention_heads": 2,
-}
-
-# Our names to theirs.
-NAMES = {
-    "feature_extractor.aggregate_embed": "text_proj_in",
-    "feature_extractor.video_aggregate_embed": "video_text_proj_in",
-    "feature_extractor.audio_aggregate_embed": "audio_text_proj_in",
-    "transformer_1d_blocks": "transformer_blocks",
-    "attn1.q_norm": "attn1.norm_q",
-    "attn1.k_norm": "attn1.norm_k",
 }
 
 
@@ -50,33 +41,7 @@ def pair(style, rope_type, precision):
     ours = TextProjector(config).eval()
     for parameter in ours.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    theirs = connectors.LTX2TextConnectors(
-        caption_channels=HIDDEN_SIZE,
-        text_proj_in_factor=NUM_STATES,
-        video_connector_num_attention_heads=config.video.heads,
-        video_connector_attention_head_dim=config.video.head_dim,
-        video_connector_num_layers=config.video.num_layers,
-        video_connector_num_learnable_registers=config.video.num_registers,
-        video_gated_attn=is_2_3,
-        audio_connector_num_attention_heads=config.audio.heads,
-        audio_connector_attention_head_dim=config.audio.head_dim,
-        audio_connector_num_layers=config.audio.num_layers,
-        audio_connector_num_learnable_registers=config.audio.num_registers,
-        audio_gated_attn=is_2_3,
-        connector_rope_base_seq_len=4096,
-        rope_double_precision=precision == "float64",
-        rope_type=rope_type,
-        per_modality_projections=is_2_3,
-        video_hidden_dim=config.video.width,
-        audio_hidden_dim=config.audio.width,
-        proj_bias=is_2_3,
-    ).eval()
-    weights = {}
-    for name, tensor in ours.state_dict().items():
-        for old, new in NAMES.items():
-            name = name.replace(old, new)
-        weights[name] = tensor
-    theirs.load_state_dict(weights, strict=True)
+    theirs = text_connectors_peer(ours, HIDDEN_SIZE, NUM_STATES)
     return ours, theirs
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aiprod_core.model.transformer import Perturbations, Transformer, TransformerConfig
+from aiprod_core.parity.diffusers_peers import transformer_arguments, transformer_name
 from aiprod_core.types import Modality
 
 pytest.importorskip("diffusers")
@@ -21,74 +22,17 @@ from diffusers import LTX2VideoTransformer3DModel
 
 Inputs = Callable[..., tuple[Modality, Modality]]
 
-# Theirs to ours; a name may hold several.
-NAMES = {
-    "audio_prompt_adaln.": "audio_prompt_adaln_single.",
-    "av_cross_attn_video_scale_shift.": "av_ca_video_scale_shift_adaln_single.",
-    "av_cross_attn_audio_scale_shift.": "av_ca_audio_scale_shift_adaln_single.",
-    "av_cross_attn_video_a2v_gate.": "av_ca_a2v_gate_adaln_single.",
-    "av_cross_attn_audio_v2a_gate.": "av_ca_v2a_gate_adaln_single.",
-    "video_a2v_cross_attn_scale_shift_table": "scale_shift_table_a2v_ca_video",
-    "audio_a2v_cross_attn_scale_shift_table": "scale_shift_table_a2v_ca_audio",
-    "audio_time_embed.": "audio_adaln_single.",
-    "audio_proj_in.": "audio_patchify_proj.",
-    "time_embed.": "adaln_single.",
-    "proj_in.": "patchify_proj.",
-    ".norm_q.": ".q_norm.",
-    ".norm_k.": ".k_norm.",
-}
-
 
 def renamed(theirs: nn.Module) -> dict[str, Tensor]:
-    ours = {}
-    for name, tensor in theirs.state_dict().items():
-        for old, new in NAMES.items():
-            name = name.replace(old, new)
-        if name.startswith("prompt_adaln."):
-            name = name.replace("prompt_adaln.", "prompt_adaln_single.")
-        ours[name] = tensor
-    return ours
-
-
-def their_arguments(config: TransformerConfig) -> dict[str, Any]:
-    limits = config.positional_embedding_max_pos
-    return {
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "num_attention_heads": config.num_attention_heads,
-        "attention_head_dim": config.attention_head_dim,
-        "cross_attention_dim": config.cross_attention_dim,
-        "pos_embed_max_pos": limits[0],
-        "base_height": limits[1],
-        "base_width": limits[2],
-        "audio_in_channels": config.audio_in_channels,
-        "audio_out_channels": config.audio_out_channels,
-        "audio_num_attention_heads": config.audio_num_attention_heads,
-        "audio_attention_head_dim": config.audio_attention_head_dim,
-        "audio_cross_attention_dim": config.audio_cross_attention_dim,
-        "audio_pos_embed_max_pos": config.audio_positional_embedding_max_pos[0],
-        "gated_attn": config.apply_gated_attention,
-        "audio_gated_attn": config.apply_gated_attention,
-        "cross_attn_mod": config.cross_attention_adaln,
-        "audio_cross_attn_mod": config.cross_attention_adaln,
-        "num_layers": config.num_layers,
-        "caption_channels": config.caption_channels or 1,
-        "use_prompt_embeddings": config.caption_channels is not None,
-        "rope_type": config.rope_type,
-        "rope_double_precision": config.frequencies_precision == "float64",
-        "cross_attn_timestep_scale_multiplier": config.av_ca_timestep_scale_multiplier,
-        "ff_bias": config.ff_bias,
-        "audio_ff_bias": config.audio_ff_bias,
-        "use_prompt_adaln_single": config.use_prompt_adaln_single,
-        "use_keyframes_abs_pos_embedding": config.use_keyframes_abs_pos_embedding,
-        "perturbed_attn": True,
-    }
+    return {transformer_name(name): tensor for name, tensor in theirs.state_dict().items()}
 
 
 def pair(config: TransformerConfig) -> tuple[Transformer, nn.Module]:
     """Both networks with the same weights, none of them zero."""
     generator = torch.Generator().manual_seed(3)
-    theirs = LTX2VideoTransformer3DModel(**their_arguments(config)).requires_grad_(False).eval()
+    theirs = (
+        LTX2VideoTransformer3DModel(**transformer_arguments(config)).requires_grad_(False).eval()
+    )
     for parameter in theirs.parameters():
         fan_in = parameter.shape[-1] if parameter.ndim == 2 else 4
         parameter.normal_(std=fan_in**-0.5, generator=generator)

@@ -1,6 +1,5 @@
 """The video VAE and the upsamplers against the port in diffusers, with the same random weights."""
 
-import re
 from typing import Any
 
 import pytest
@@ -9,24 +8,11 @@ from torch import Tensor, nn
 
 from aiprod_core.model.upsampler import LatentUpsampler, UpsamplerConfig
 from aiprod_core.model.video_vae import VideoDecoder, VideoEncoder, VideoVAEConfig
+from aiprod_core.parity.diffusers_peers import DECODER_RULES, encoder_rules, ruled
 
 diffusers = pytest.importorskip("diffusers")
 
-# Their blocks hold residual layers and what shrinks or grows them; ours are two entries of a list.
-ENCODER_KEYS = (
-    (r"^down_blocks\.(\d+)\.resnets\.", lambda m: f"down_blocks.{2 * int(m[1])}.res_blocks."),
-    (r"^down_blocks\.(\d+)\.downsamplers\.0\.", lambda m: f"down_blocks.{2 * int(m[1]) + 1}."),
-    (r"^mid_block\.resnets\.", lambda m: "down_blocks.8.res_blocks."),
-)
-DECODER_KEYS = (
-    (r"^mid_block\.resnets\.", lambda m: "up_blocks.0.res_blocks."),
-    (r"^mid_block\.time_embedder\.", lambda m: "up_blocks.0.time_embedder."),
-    (r"^up_blocks\.(\d+)\.upsamplers\.0\.", lambda m: f"up_blocks.{2 * int(m[1]) + 1}."),
-    (r"^up_blocks\.(\d+)\.resnets\.", lambda m: f"up_blocks.{2 * int(m[1]) + 2}.res_blocks."),
-    (r"^up_blocks\.(\d+)\.time_emb", lambda m: f"up_blocks.{2 * int(m[1]) + 2}.time_emb"),
-    (r"^time_embedder\.", lambda m: "last_time_embedder."),
-    (r"^scale_shift_table$", lambda m: "last_scale_shift_table"),
-)
+ENCODER_KEYS = encoder_rules(4)
 
 SPATIAL, TEMPORAL, BOTH = "spatial", "temporal", "spatiotemporal"
 ENCODER = [
@@ -107,7 +93,7 @@ def test_encoding_and_decoding_agree_with_diffusers(
     config = VideoVAEConfig.from_metadata(ours)
     encoder, decoder = VideoEncoder(config).eval(), VideoDecoder(config).eval()
     carry(peer.encoder, encoder, ENCODER_KEYS)
-    carry(peer.decoder, decoder, DECODER_KEYS)
+    carry(peer.decoder, decoder, DECODER_RULES)
     generator = torch.Generator().manual_seed(0)
     pixels = torch.rand(1, 3, 9, 64, 64, generator=generator) * 2 - 1
     latent = torch.randn(1, 8, 2, 2, 3, generator=generator)
@@ -140,7 +126,7 @@ def test_a_timestep_conditioned_decoder_with_injected_noise_agrees_with_diffuser
     }
     peer = peer_vae(theirs)
     decoder = VideoDecoder(VideoVAEConfig.from_metadata(ours)).eval()
-    carry(peer.decoder, decoder, DECODER_KEYS)
+    carry(peer.decoder, decoder, DECODER_RULES)
     latent = torch.randn(1, 8, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     timestep = torch.tensor([0.3])
     # Their pipelines add noise to the latent before the decoder, ours inside it: give it zeros.
@@ -203,11 +189,7 @@ def carry(peer: nn.Module, module: nn.Module, keys: tuple[Any, ...]) -> None:
     """Loads the peer's weights under our names; ours must all be there, but for the statistics."""
     state: dict[str, Tensor] = {}
     for name, tensor in peer.state_dict().items():
-        for pattern, replacement in keys:
-            name, found = re.subn(pattern, replacement, name)
-            if found:
-                break
-        state[name] = tensor
+        state[ruled(name, keys)] = tensor
     result = module.load_state_dict(state, strict=False)
     assert not result.unexpected_keys
     assert all(name.startswith("per_channel_statistics.") for name in result.missing_keys)
