@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,9 +43,13 @@ def bench(
         raise InputError(f"--suite must be cpu or cuda; got {suite}.")
     settings = suites.Settings(turns=turns, threads=threads, clock=clock)
     run = suites.run_cuda if cuda or suite == "cuda" else suites.run_cpu
-    report = run(settings, only or None, note=lambda line: typer.echo(line, err=True))
-    if output is not None:
-        temporary = output.with_name(output.name + ".tmp")
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
-        temporary.replace(output)
-    print_table(("", ""), [(name, f"{value:.3g}") for name, value in report["ratios"].items()])
+
+    def save(report: dict[str, Any]) -> None:
+        if output is not None:
+            temporary = output.with_name(output.name + ".tmp")
+            temporary.write_text(json.dumps(report, indent=1) + "\n")
+            temporary.replace(output)
+
+    report = run(settings, only or None, lambda line: typer.echo(line, err=True), save)
+    rows = [(name, f"{ratio:.2f}x") for name, ratio in report["ratios"].items()]
+    print_table(("", ""), rows)

@@ -36,6 +36,7 @@ from aiprod_core.quantization.fp8 import cast_linears
 from aiprod_core.types import AV, LatentState
 from aiprod_pipelines.bench.timing import (
     Paired,
+    Rates,
     Recorder,
     Run,
     UnequalError,
@@ -45,6 +46,7 @@ from aiprod_pipelines.bench.timing import (
 )
 
 Note = Callable[[str], None]
+Save = Callable[[dict[str, Any]], None]  # called with the report so far after every case
 
 PROMPT = "a red rubber ball bounces on the floor, with a thud at each bounce"
 
@@ -136,7 +138,9 @@ class Case(NamedTuple):
     floor: str | None = None
 
 
-def run_cpu(settings: Settings, only: Sequence[str] | None, note: Note) -> dict[str, Any]:
+def run_cpu(
+    settings: Settings, only: Sequence[str] | None, note: Note, save: Save
+) -> dict[str, Any]:
     """All CPU cases, or those named. Raises InputError without diffusers or for an unknown case."""
     try:
         import diffusers
@@ -149,32 +153,29 @@ def run_cpu(settings: Settings, only: Sequence[str] | None, note: Note) -> dict[
         "transformer_step_300m": lambda: step_case(STEP_300M, Sizes(384, 50, 1024)),
         "denoise_loop_eager": lambda: loop_case(STEP_50M, floor="over_matmul_floor"),
         "denoise_loop_eager_23": lambda: loop_case(replace(STEP_50M, **STYLE_2_3)),
-        "denoise_loop_compiled": lambda: loop_case(STEP_50M, is_compiled=True),
         "video_vae_decode": decode_case,
         "video_vae_encode": encode_case,
         "audio_decode": audio_case,
         "end_to_end_distilled": clip_case,
+        "denoise_loop_compiled": lambda: loop_case(STEP_50M, is_compiled=True),
     }
-    report = _start(settings, torch.device("cpu"), torch.float32)
+    report, rates = _start(settings, torch.device("cpu"), torch.float32)
     report["machine"]["diffusers"] = diffusers.__version__
     _check_names(only, [*cases, "import"])
     for name, make in cases.items():
         if only is None or name in only:
-            _run(report, settings, name, make, note)
-    floors = [
-        report["cases"][name]["over_conv_floor"]
-        for name in ("video_vae_decode", "video_vae_encode")
-        if "over_conv_floor" in report["cases"].get(name, {})
-    ]
-    if floors:
-        report["ratios"]["over_conv_floor"] = max(floors)
+            _run(report, rates, settings, name, make, note)
+            save(report)
     if only is None or "import" in only:
         report["import_seconds"], report["import_runs_s"] = measure_import(settings)
         note(f"import: {report['import_seconds']:.2f} s")
+        save(report)
     return report
 
 
-def run_cuda(settings: Settings, only: Sequence[str] | None, note: Note) -> dict[str, Any]:
+def run_cuda(
+    settings: Settings, only: Sequence[str] | None, note: Note, save: Save
+) -> dict[str, Any]:
     """A step of a random 19B transformer in bfloat16 with kernels against none, and in FP8."""
     if not torch.cuda.is_available():
         raise InputError("aiprod bench --cuda needs a CUDA GPU, and PyTorch finds none here.")
@@ -183,11 +184,12 @@ def run_cuda(settings: Settings, only: Sequence[str] | None, note: Note) -> dict
         "transformer_step_19b_fp8": lambda: cuda_case(is_fp8=True),
     }
     _check_names(only, list(cases))
-    report = _start(settings, torch.device("cuda"), torch.bfloat16)
+    report, rates = _start(settings, torch.device("cuda"), torch.bfloat16)
     report["machine"]["gpu"] = torch.cuda.get_device_name()
     for name, make in cases.items():
         if only is None or name in only:
-            _run(report, settings, name, make, note)
+            _run(report, rates, settings, name, make, note)
+            save(report)
             torch.cuda.empty_cache()
     return report
 
@@ -198,11 +200,13 @@ def _check_names(only: Sequence[str] | None, names: list[str]) -> None:
             raise InputError(f"no case {name}; there are {', '.join(names)}.")
 
 
-def _start(settings: Settings, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _start(
+    settings: Settings, device: torch.device, dtype: torch.dtype
+) -> tuple[dict[str, Any], Rates]:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     rates = measure_rates(device, dtype, settings.clock)
-    return {
+    report: dict[str, Any] = {
         "ratios": {},
         "machine": {
             "platform": platform.platform(),
@@ -216,13 +220,18 @@ def _start(settings: Settings, device: torch.device, dtype: torch.dtype) -> dict
             "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         },
         "cases": {},
-        "rates": rates,
     }
+    return report, rates
 
 
 @torch.inference_mode()
 def _run(
-    report: dict[str, Any], settings: Settings, name: str, make: Callable[[], Case], note: Note
+    report: dict[str, Any],
+    rates: Rates,
+    settings: Settings,
+    name: str,
+    make: Callable[[], Case],
+    note: Note,
 ) -> None:
     case = make()
     try:
@@ -251,7 +260,6 @@ def _run(
         lambda: _silent(recorder.replay), lambda: _silent(case.ours), turns=settings.turns,
         tolerance=0, clock=settings.clock,
     )  # fmt: skip
-    rates = report["rates"]
     median_s = statistics.median(times.ours_s)
     found["floor"] = {
         "seconds": round(statistics.median(floor.ours_s), 5),
@@ -262,7 +270,8 @@ def _run(
     }
     if case.floor is not None:
         found[case.floor] = round(floor.ratio, 3)
-        report["ratios"].setdefault(case.floor, found[case.floor])
+        # Of decoding and encoding the slower counts.
+        report["ratios"][case.floor] = max(found[case.floor], report["ratios"].get(case.floor, 0.0))
     note(
         f"{_line(name, times)}; {floor.ratio:.2f}x its heavy operations alone, "
         f"{found['floor']['share_of_roofline']:.0%} of the roofline "
