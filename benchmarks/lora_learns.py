@@ -26,8 +26,8 @@ import yaml
 
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.ti2vid_one_stage import TI2VidOneStagePipeline
-from aiprod_trainer.prepare_world import prepare
 from aiprod_trainer.evaluation.scores import ATTRIBUTES
+from aiprod_trainer.prepare_world import prepare
 from aiprod_trainer.train import train
 from aiprod_trainer.training_config import read_training_config
 from aiprod_trainer.world.captions import WORDS, Caption, describe
