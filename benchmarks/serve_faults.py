@@ -153,11 +153,10 @@ def fill_the_disk(model: str, folder: Path) -> dict[str, Any]:
 
 
 def fill(path: Path) -> None:
-    with path.open("wb") as file:
+    with path.open("wb", buffering=0) as file:  # a buffer would be flushed once more on closing
         try:
             while True:
                 file.write(bytes(4096))
-                file.flush()
         except OSError:
             pass
 
