@@ -30,7 +30,7 @@ from aiprod_trainer.world.sound import SAMPLE_RATE, synthesise
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="nano")
     parser.add_argument("--clips", type=int, default=200, help="3 corrupt ones included")
     parser.add_argument("--size", type=int, default=64, help="pixels")
