@@ -94,17 +94,19 @@ def one_run(options: argparse.Namespace, settings: dict[str, Any]) -> dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         clip.save(Path(folder) / "clip.mp4")
     learn(plan, clip.progress.seconds, pipeline.models)
-    seconds = {
-        stage.name: (stage.seconds, clip.progress.seconds.get(stage.name)) for stage in plan.stages
+    measured = clip.progress.seconds
+    stages = {
+        stage.name: (stage.seconds, measured[stage.name])
+        for stage in plan.stages
+        if stage.seconds is not None and stage.name in measured
     }
-    known = [pair for pair in seconds.values() if None not in pair]
     return {
         "settings": settings,
         "memory_planned": plan.peak_bytes / 2**20,
         "memory_measured": peak_memory_mib(pipeline.models.device),
-        "time_planned": sum(pair[0] for pair in known),  # pyright: ignore[reportArgumentType]
-        "time_measured": sum(pair[1] for pair in known),  # pyright: ignore[reportArgumentType]
-        "stages": seconds,
+        "time_planned": sum(planned for planned, _ in stages.values()),
+        "time_measured": sum(seconds for _, seconds in stages.values()),
+        "stages": stages,
     }
 
 

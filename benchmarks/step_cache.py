@@ -95,10 +95,10 @@ class counted:
             self.caches.append(StepCache(*arguments))
             return self.caches[-1]
 
-        denoising.StepCache = make  # pyright: ignore[reportAttributeAccessIssue]
+        denoising.StepCache = make  # pyright: ignore
 
     def __exit__(self, *error: object) -> None:
-        denoising.StepCache = StepCache
+        denoising.StepCache = StepCache  # pyright: ignore
 
 
 def frames(clip: Clip) -> Tensor:

@@ -26,7 +26,7 @@ def test_everything_a_preset_sets_is_an_option_of_generate(name: str):
 
 def test_the_first_way_is_taken_where_all_its_files_are(tiny_family: Path):
     for name, preset in PRESETS.items():
-        resolved = resolve_preset(name, str(tiny_family / "tiny-dev.safetensors"))
+        resolved = resolve_preset(name, str(tiny_family / "tiny-distilled.safetensors"))
         assert resolved.options == {**preset.options, **preset.ways[0]}
         assert resolved.passed_over == []
 
@@ -41,7 +41,15 @@ def test_without_upsampler_and_lora_the_plain_way_is_taken_and_the_reasons_told(
     assert resolved.options["pipeline"] == "one-stage"
     assert all("upsampler" in reason for _, reason in resolved.passed_over)
     told = CliRunner().invoke(commands, ["presets", "explain", "production", "-m", model, "--json"])
-    assert len(json.loads(told.output)["passed_over"]) == 2
+    report = json.loads(told.output)
+    assert len(report["passed_over"]) == 2
+    assert report["plan"]["fits"]
+
+
+def test_a_lora_that_cannot_be_added_to_the_file_is_a_reason(tiny_family: Path):
+    resolved = resolve_preset("low-memory", str(tiny_family / "tiny-dev.safetensors"))
+    assert resolved.options["pipeline"] == "one-stage"
+    assert "stay in the file" in resolved.passed_over[0][1]
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest():

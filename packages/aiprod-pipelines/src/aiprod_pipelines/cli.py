@@ -7,12 +7,12 @@ Typer app with a name becomes a group, one without adds its commands beside `gen
 """
 
 import functools
-import inspect
 import json
 import signal
 import sys
 from collections.abc import Callable
 from importlib.metadata import entry_points, version
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -442,7 +442,7 @@ def open_request(
             source = ctx.get_parameter_source(name)
             if source is None or source.name != "COMMANDLINE":
                 options[name] = value
-    scales = {
+    scales: dict[str, Any] = {
         name: PerModality.parse(str(options[name]), f"--{name.replace('_', '-')}")
         for name in ("cfg_scale", "stg_scale", "modality_scale", "rescale_scale", "nag_scale")
         if options[name] is not None
@@ -512,7 +512,7 @@ def plan(**options: Any) -> None:
 
 
 # The same options by construction, help texts included.
-plan.__signature__ = inspect.signature(generate)  # pyright: ignore[reportFunctionMemberAccess]
+plan.__signature__ = signature(generate)  # pyright: ignore[reportFunctionMemberAccess]
 plan.__annotations__ = generate.__annotations__
 
 

@@ -71,19 +71,22 @@ def explain_preset(
     model: ModelOption = "nano",
     as_json: JsonFlag = False,
 ) -> None:
-    """Show what a preset means for a model here, and why its better ways were not taken.
+    """Show what a preset means for a model on this machine, and why better ways were not taken.
 
     [dim]aiprod presets explain draft -m ltx-2-19b-dev.safetensors[/dim]
     """
-    from aiprod_pipelines.presets import resolve_preset, way_text
+    from aiprod_pipelines.presets import plan_here, resolve_preset, way_text
 
     resolved = resolve_preset(name, model)
+    plan = plan_here(resolved, model)
     if as_json:
         passed = [{"way": way, "reason": reason} for way, reason in resolved.passed_over]
         report = {"name": name, "model": model, "options": resolved.options, "passed_over": passed}
-        typer.echo(json.dumps(report))
+        typer.echo(json.dumps(report | {"plan": plan.to_dict()}))
         return
-    rows = [("is", way_text(resolved.options))]
+    here = f"offload {plan.offload}, peak {size_text(plan.peak_bytes)}"
+    fit = "fits" if plan.fits else "does not fit"
+    rows = [("is", way_text(resolved.options)), ("here", f"{here}, which {fit}")]
     rows += [(f"not {way}", reason) for way, reason in resolved.passed_over]
     print_table(("", ""), rows)
 

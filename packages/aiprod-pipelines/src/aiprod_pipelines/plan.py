@@ -37,7 +37,7 @@ from aiprod_core.model.video_vae import VideoDecoder, VideoVAEConfig
 from aiprod_core.model.vocoder import Vocoder, VocoderConfig
 from aiprod_core.quantization.fp8 import is_cast_target
 from aiprod_core.quantization.schemes import WEIGHT_BYTES
-from aiprod_core.tiling import Tiling
+from aiprod_core.tiling import BySize, Tiling
 from aiprod_core.types import Modality, VideoShape
 from aiprod_pipelines import recipe, stages
 from aiprod_pipelines.components import ModelSet
@@ -318,7 +318,7 @@ def _passes(request: GenerationRequest) -> int:
 def _tile_sizes(tiling: Tiling, shape: VideoShape, time_scale: int) -> tuple[int, int, int]:
     """Frames, height and width that the decoder gets at once; a tile starts a latent earlier."""
     frames, height, width = (
-        full if axis is None else min(full, axis.size + extra)
+        min(full, axis.size + extra) if isinstance(axis, BySize) else full
         for axis, full, extra in (
             (tiling.frames, shape.num_frames, time_scale),
             (tiling.height, shape.height, 0),
@@ -409,10 +409,10 @@ class Rates:
         """Operations a second of a product of 1024 x 1024, on this machine just now."""
         if self._matmul_rate is None:
             a = torch.randn(1024, 1024)
-            a @ a
+            torch.mm(a, a)
             started = time.perf_counter()
             for _ in range(3):
-                a @ a
+                torch.mm(a, a)
             self._matmul_rate = 3 * 2 * 1024**3 / (time.perf_counter() - started)
         return self._matmul_rate
 

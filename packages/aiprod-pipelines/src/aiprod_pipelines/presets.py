@@ -14,6 +14,7 @@ from aiprod_core.errors import InputError
 
 if TYPE_CHECKING:
     from aiprod_pipelines.components import ModelSet
+    from aiprod_pipelines.plan import Plan
 
 Options = dict[str, Any]
 
@@ -87,12 +88,27 @@ def resolve_preset(name: str, model: str = "nano") -> Resolved:
         raise InputError(f"preset must be one of {', '.join(PRESETS)}; got {name}{hint}.")
     passed_over = []
     for way in preset.ways:
-        reason = _what_is_missing(way, ModelSet.open(model, prefers_distilled=_is_distilled(way)))
+        options = {**preset.options, **way}
+        reason = _what_is_missing(
+            options, ModelSet.open(model, prefers_distilled=_is_distilled(way))
+        )
         if reason is None:
-            return Resolved(name, {**preset.options, **way}, passed_over)
+            return Resolved(name, options, passed_over)
         passed_over.append((way_text(way), reason))
     reasons = "; ".join(f"{way}: {reason}" for way, reason in passed_over)
     raise InputError(f"preset {name} cannot be had with {model}: {reasons}")
+
+
+def plan_here(resolved: Resolved, model: str) -> "Plan":
+    """What a clip of the model's own size would take on this machine under a preset."""
+    from aiprod_pipelines.catalog import find_pipeline
+    from aiprod_pipelines.plan import make_plan
+    from aiprod_pipelines.request import GenerationRequest
+
+    settings = dict(resolved.options)
+    pipeline, offload = settings.pop("pipeline"), settings.pop("offload", "auto")
+    request = GenerationRequest("a clip", step_cache=settings.pop("cache", "off"), **settings)
+    return make_plan(find_pipeline(pipeline).from_model(model, offload=offload), request)
 
 
 def way_text(options: Options) -> str:
@@ -119,7 +135,9 @@ def _what_is_missing(way: Options, models: "ModelSet") -> str | None:
         if has_stage_2:
             companions.spatial_upsampler(models.checkpoint, None)
         if (has_stage_2 or pipeline.is_distilled) and not models.is_distilled:
-            companions.distilled_lora(models.checkpoint, None)
+            lora = companions.distilled_lora(models.checkpoint, None)
+            if way.get("offload") == "disk":
+                return f"{lora.path.name} cannot be added to weights that stay in the file"
     except InputError as error:
         return str(error)
     return None

@@ -103,8 +103,9 @@ def encode_prompts(
                 for text, (states, mask) in hidden.items():
                     states = states.to(models.device, models.dtype)
                     video, audio, _ = projector(states, mask.to(models.device))
-                    found[text] = {"video": video, "audio": audio}
-                    models.keep(text_identity(text), found[text], "text_encoder")
+                    made = {"video": video, "audio": audio}
+                    models.keep(text_identity(text), made, "text_encoder")
+                    found[text] = made
         return [Context(**found[text]) for text in prompts]  # pyright: ignore[reportCallIssue]
 
 

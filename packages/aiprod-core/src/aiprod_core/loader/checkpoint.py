@@ -170,7 +170,7 @@ class Checkpoint:
         content = torch.empty(info.num_bytes, dtype=torch.uint8)
         with info.path.open("rb") as file:
             file.seek(info.offset)
-            if file.readinto(memoryview(content.numpy())) != info.num_bytes:
+            if file.readinto(content.numpy().data) != info.num_bytes:
                 raise CheckpointError(f"{info.path}: cut short at {key}. Fetch it again.")
         return content.view(info.dtype).reshape(info.shape)
 

@@ -50,8 +50,8 @@ def storing(scheme: str) -> Callable[[nn.Module, str, Tensor], None]:
     def store(module: nn.Module, name: str, tensor: Tensor) -> None:
         layer_name, _, leaf = name.rpartition(".")
         layer = module.get_submodule(layer_name)
-        is_target = isinstance(layer, nn.Linear) and is_cast_target(layer_name)
-        if is_target and leaf == "weight" and _is_worth_it(scheme, tensor):
+        is_weight = leaf == "weight" and is_cast_target(layer_name)
+        if is_weight and isinstance(layer, nn.Linear) and _is_worth_it(scheme, tensor):
             # The bias is still on the meta device and comes next.
             module.set_submodule(layer_name, quantize(tensor, layer.bias))
             return
