@@ -43,7 +43,7 @@ def main() -> None:
         command += ["-o", str(clips), "-m", options.model, "--ray", "local", "--workers", "2"]
         started = time.monotonic()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        killed = kill_a_worker(process.pid, clips / "manifest.jsonl", after=3)
+        killed = kill_a_worker(process, clips / "manifest.jsonl", after=3)
         output, _ = process.communicate()
         seconds = time.monotonic() - started
         entries = [json.loads(line) for line in (clips / "manifest.jsonl").open()]
@@ -64,11 +64,11 @@ def main() -> None:
         options.json.write_text(text + "\n")
 
 
-def kill_a_worker(driver: int, manifest: Path, after: int) -> bool:
+def kill_a_worker(driver: subprocess.Popen[str], manifest: Path, after: int) -> bool:
     """Kills one of the driver's Ray workers once `after` clips are there."""
-    while psutil.pid_exists(driver):
+    while driver.poll() is None:
         if manifest.is_file() and len(manifest.read_text().splitlines()) >= after:
-            for process in psutil.Process(driver).children(recursive=True):
+            for process in psutil.Process(driver.pid).children(recursive=True):
                 if "ray::Worker" in " ".join(process.cmdline()):
                     process.kill()
                     return True
