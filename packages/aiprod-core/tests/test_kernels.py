@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from aiprod_core.components.constants import computed_once
 from aiprod_core.errors import InputError
-from aiprod_core.kernels.apply import enable_kernels
+from aiprod_core.kernels import onednn
+from aiprod_core.kernels.apply import compile_blocks, enable_kernels
 from aiprod_core.kernels.onednn import is_faster_in_2d, is_product_large
 from aiprod_core.model.conv_blocks import CausalConv3d
 from aiprod_core.model.layers import FeedForward
@@ -138,6 +140,23 @@ def test_large_products_by_onednn_equal_those_by_pytorch():
     want = feed_forward(x)
     enable_kernels(feed_forward)
     torch.testing.assert_close(feed_forward(x), want, atol=1e-5, rtol=1e-5)
+
+
+def test_compiled_blocks_with_kernels_and_kept_constants_compute_the_same(
+    tiny_config: TransformerConfig,
+    randomised: Build,
+    modalities: Inputs,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(onednn, "MIN_PRODUCT", 0)
+    transformer, inputs = randomised(tiny_config), modalities(tiny_config)
+    with torch.inference_mode(), computed_once(transformer):
+        want = transformer(*inputs)
+        enable_kernels(transformer)
+        # Traced as for the default backend, which would take a minute of a C++ compiler.
+        compile_blocks(transformer, backend="aot_eager")
+        for got, reference in zip(transformer(*inputs), want, strict=True):
+            torch.testing.assert_close(got, reference, atol=2e-5, rtol=1e-4)
 
 
 def test_kernels_leave_quantised_layers_alone_and_gradients_correct(

@@ -10,6 +10,8 @@ There is no derivative: with gradients on, the layers compute as ever.
 Letters: C channels, F frames, H W height and width.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,14 +34,35 @@ def is_product_large(x: Tensor, weight: Tensor) -> bool:
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     if torch.is_grad_enabled() or not is_product_large(x, layer.weight):
         return F.linear(x, layer.weight, layer.bias)
-    return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
+    return _product()(x, layer.weight, layer.bias, False)
 
 
 def gelu_linear(layer: GELULinear, x: Tensor) -> Tensor:
     weight, bias = layer.proj.weight, layer.proj.bias
     if torch.is_grad_enabled() or not is_product_large(x, weight):
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
+    return _product()(x, weight, bias, True)
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, has_gelu: bool) -> Tensor:
+    epilogue = ("gelu", [], "tanh") if has_gelu else ("none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *epilogue)
+
+
+def _product() -> Callable[..., Tensor]:
+    # torch.compile would open PyTorch's operator, and expects packed weights inside. It calls ours
+    # as it is; outside of it the way over an operator written in Python would cost more.
+    return torch.ops.aiprod.onednn_linear if torch.compiler.is_compiling() else onednn_linear
+
+
+_library = torch.library.Library("aiprod", "DEF")
+_library.define("onednn_linear(Tensor x, Tensor weight, Tensor? bias, bool has_gelu) -> Tensor")
+_library.impl("onednn_linear", onednn_linear, "CPU")
+
+
+@torch.library.register_fake("aiprod::onednn_linear")
+def _shape_of_product(x: Tensor, weight: Tensor, bias: Tensor | None, has_gelu: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def causal_conv3d(layer: CausalConv3d, x: Tensor) -> Tensor:
