@@ -8,8 +8,8 @@ import torch
 from typer.testing import CliRunner
 
 from aiprod_core.errors import InputError
+from aiprod_core.model.transformer import Transformer
 from aiprod_core.types import ScaleFactors, VideoShape
-from aiprod_pipelines import stages
 from aiprod_pipelines.catalog import find_pipeline
 from aiprod_pipelines.cli import app
 from aiprod_pipelines.recipe import read_recipe
@@ -28,13 +28,13 @@ def open_pipeline(name: str, folder: Path):
 def calls(monkeypatch: pytest.MonkeyPatch) -> list:
     """The tokens of each modality that the transformer is given, call by call."""
     seen = []
-    original = stages.Transformer.forward
+    original = Transformer.forward
 
     def forward(self, video, audio, perturbations=None):
         seen.append(tuple(0 if m is None else m.latent.shape[1] for m in (video, audio)))
         return original(self, video, audio, perturbations)
 
-    monkeypatch.setattr(stages.Transformer, "forward", forward)
+    monkeypatch.setattr(Transformer, "forward", forward)
     return seen
 
 

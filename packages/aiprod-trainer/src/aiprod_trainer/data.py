@@ -88,11 +88,11 @@ class LatentDataset:
             )
         self.folder, self.max_length = folder, max_length
         self.parts = [load_file(file) for file in files]
-        self.offsets = [torch.cumsum(part["lengths"], 0) - part["lengths"] for part in self.parts]
         if empty is None and (folder / "empty.safetensors").is_file():
             empty = load_file(folder / "empty.safetensors")
         self.empty = empty
         self.buckets = self._group(files)
+        self.offsets = [torch.cumsum(part["lengths"], 0) - part["lengths"] for part in self.parts]
 
     def __len__(self) -> int:
         return sum(len(bucket.clips) for bucket in self.buckets)
