@@ -200,6 +200,13 @@ def live_app(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
     os.chdir(before)
 
 
+# No worker is there; a clip was not made in the time that the client waits. Anywhere else a 503
+# would be a failing disk or database, which is no answer here.
+MAY_ANSWER = {"/ready": 503} | {
+    f"/v1/{name}": 504 for name in ("text-to-video", "image-to-video", "audio-to-video", "retake")
+}
+
+
 def test_no_request_that_the_document_allows_or_forbids_is_a_server_error(live_app):
     document = schemathesis.openapi.from_asgi("/openapi.json", live_app)
     operations = [result.ok() for result in document.get_all_operations()]
@@ -209,9 +216,10 @@ def test_no_request_that_the_document_allows_or_forbids_is_a_server_error(live_a
         nonlocal sent
         sent += 1
         answer = case.call(timeout=60)
-        # 503 of /ready and 504 of a clip that takes too long are answers.
-        assert answer.status_code < 500 or answer.status_code in (503, 504), answer.text
-        if answer.status_code >= 400 and answer.status_code != 503:
+        assert answer.status_code < 500 or answer.status_code == MAY_ANSWER.get(case.path), (
+            f"{case.method} {case.path}: {answer.status_code} {answer.text}"
+        )
+        if 400 <= answer.status_code < 500:
             assert "error" in answer.json(), answer.text
 
     for operation in operations:
