@@ -92,19 +92,19 @@ def _int8(linear: nn.Linear) -> nn.Module:
 def _nf4(linear: nn.Linear) -> nn.Module:
     """Four bits at the quantiles of a normal distribution (QLoRA, arXiv:2305.14314)."""
     try:
-        import bitsandbytes as bnb
+        from bitsandbytes.nn.modules import Linear4bit, Params4bit
     except ImportError:
         raise InputError(
             "acceleration.quantization nf4 needs a package: pip install bitsandbytes"
         ) from None
     weight: Tensor = linear.weight.data
-    layer = bnb.nn.Linear4bit(
+    layer = Linear4bit(
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
         compute_dtype=weight.dtype,
         quant_type="nf4",
     )
-    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+    layer.weight = Params4bit(weight, requires_grad=False, quant_type="nf4")  # pyright: ignore[reportCallIssue]
     layer.bias = linear.bias
     return layer.to(weight.device).requires_grad_(False)

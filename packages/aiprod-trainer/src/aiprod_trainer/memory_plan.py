@@ -123,7 +123,7 @@ def longest_sample(config: TrainingConfig, checkpoint: Checkpoint) -> Tokens:
     """The data set's largest bucket, or validation's clip where the data are not there yet."""
     folder = config.data.preprocessed_data_root
     section = checkpoint.config.get("text_encoder") or {"type": "gemma3"}
-    text = section.get("max_length") or TEXT_LENGTHS[section["type"]]
+    text = int(section.get("max_length") or TEXT_LENGTHS[section["type"]])
     if any(folder.glob("part-*.safetensors")):
         data = open_data(config, checkpoint)
         samples = [_tokens_of(config, bucket.shapes, text) for bucket in data.buckets]
@@ -284,7 +284,7 @@ def _activation_bytes(config: TrainingConfig, checkpoint: Checkpoint, tokens: To
     is_half = config.acceleration.mixed_precision_mode != "no"
     element = 2 if is_half else 4
     lora = config.lora if config.model.training_mode == "lora" else None
-    block, outside = count_activations(lora, is_half, transformer, tokens)
+    block, outside = count_activations(lora, is_half, transformer, tokens)  # pyright: ignore[reportArgumentType]
     streams = tokens.video * transformer.width + tokens.audio * transformer.audio_width
     working = BACKWARD_TENSORS * streams * element
     layers = transformer.num_layers

@@ -47,12 +47,13 @@ def adamw(model: nn.Module, lr: float, **params: Any) -> list[Optimizer]:
     # One kernel for all parameters, where there is one; spread ones (DTensor) have none.
     is_whole = not hasattr(parameters[0], "full_tensor")
     fused = is_whole and parameters[0].device.type in ("cpu", "cuda")
-    return [AdamW(parameters, lr=lr, **({"fused": fused} | params))]
+    settings: dict[str, Any] = {"fused": fused} | params
+    return [AdamW(parameters, lr=lr, **settings)]
 
 
 def adamw8bit(model: nn.Module, lr: float, **params: Any) -> list[Optimizer]:
     """Moments in 8 bits (arXiv:2110.02861), from bitsandbytes."""
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes.optim.adamw import AdamW8bit
 
     return [AdamW8bit(_trained(model), lr=lr, **params)]
 

@@ -45,7 +45,7 @@ CLIPS_PER_PART = 256
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--checkpoint", type=Path, required=True, help="file with both codecs")
     parser.add_argument("--text-encoder", type=Path, help="folder of the text encoder")
     parser.add_argument("--out", type=Path, required=True)

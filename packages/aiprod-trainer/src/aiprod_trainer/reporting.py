@@ -108,7 +108,7 @@ class Report:
                 if tracker.name == "tensorboard":
                     tracker.writer.add_image(path.stem, sheet, step, dataformats="HWC")
                 elif tracker.name == "wandb" and self.config.wandb.log_validation_videos:
-                    import wandb
+                    import wandb  # pyright: ignore[reportMissingImports]
 
                     video = {f"validation/{path.stem}": wandb.Video(str(path))}
                     tracker.run.log(video, step=step)
@@ -122,8 +122,8 @@ class Report:
     def _mean_losses(self) -> dict[str, float]:
         values: dict[str, float] = {}
         for name, batches in self._pending.items():
-            sigma = self.accelerator.gather(torch.cat([sigma for sigma, _ in batches])).cpu()
-            loss = self.accelerator.gather(torch.cat([values for _, values in batches])).cpu()
+            sigma = self._gathered([sigma for sigma, _ in batches])
+            loss = self._gathered([losses for _, losses in batches])
             is_noised = sigma > 0
             values[f"{name}_loss"] = float(loss[is_noised].mean()) if is_noised.any() else 0.0
             level = (sigma * LEVELS).long().clamp(max=LEVELS - 1)
@@ -134,6 +134,12 @@ class Report:
                     values[f"{name}_loss/sigma {low:.2f}-{high:.2f}"] = float(loss[chosen].mean())
         self._pending.clear()
         return {"loss": sum(v for k, v in values.items() if "/" not in k)} | values
+
+    def _gathered(self, batches: list[Tensor]) -> Tensor:
+        """Of all processes, on the CPU."""
+        gathered = self.accelerator.gather(torch.cat(batches))
+        assert isinstance(gathered, Tensor)
+        return gathered.cpu()
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         self.accelerator.log(values, step=step)

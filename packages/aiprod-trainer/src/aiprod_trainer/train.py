@@ -190,7 +190,7 @@ def _train(config: TrainingConfig, accelerator: Accelerator, *, resume: bool) ->
                 last = save(step)
             if is_due(step, config.validation.interval):
                 validate(step)
-        if last != checkpoints.folder_of(folder, step):
+        if last is None or last != checkpoints.folder_of(folder, step):
             last = save(step)
         report.done(step, last, is_stopped=step < settings.steps)
     if config.hub.push_to_hub and is_main and step == settings.steps:
@@ -226,7 +226,7 @@ def start_accelerator(config: TrainingConfig) -> Accelerator:
     )
 
 
-def trackers(config: TrainingConfig) -> list[str]:
+def trackers(config: TrainingConfig) -> list[Any]:
     """Raises InputError for one that is not installed; accelerate would leave it out in silence."""
     sections = {"tensorboard": config.tensorboard, "wandb": config.wandb, "trackio": config.trackio}
     names = [name for name, section in sections.items() if section.enabled]
@@ -266,7 +266,7 @@ def read_sizes(checkpoint: Checkpoint) -> Sizes:
 def open_data(config: TrainingConfig, checkpoint: Checkpoint) -> LatentDataset:
     """The data set, with all that the mode asks of it. Raises InputError for what is missing."""
     section = checkpoint.config.get("text_encoder") or {"type": "gemma3"}
-    length = section.get("max_length") or TEXT_LENGTHS[section["type"]]
+    length = int(section.get("max_length") or TEXT_LENGTHS[section["type"]])
     data = LatentDataset(config.data.preprocessed_data_root, length)
     for bucket in data.buckets:
         missing = [name for name in needed_tensors(config.mode) if name not in bucket.shapes]
@@ -364,7 +364,8 @@ def share(transformer: Transformer, config: TrainingConfig, accelerator: Acceler
     policy = MixedPrecisionPolicy(param_dtype=dtype, cast_forward_inputs=False)
     for block in transformer.transformer_blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(transformer, mesh=mesh, mp_policy=policy)
+    fully_shard(transformer, mesh=mesh, mp_policy=policy)
+    return transformer
 
 
 # One step.
@@ -486,7 +487,8 @@ def update_average(
 ) -> None:
     """EMA whose window grows with the run: the decay is at most (1 + step) / (10 + step)."""
     weight = 1 - min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], weight)
+    current = [parameter.detach() for parameter in parameters.values()]
+    torch._foreach_lerp_(list(average.values()), current, weight)  # pyright: ignore[reportPrivateImportUsage]
 
 
 # Around the steps.

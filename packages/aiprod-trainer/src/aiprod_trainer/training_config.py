@@ -24,9 +24,9 @@ class ModelSection(Section):
 
 
 class LoraSection(Section):
-    rank: int = Field(64, ge=1)
+    rank: int = Field(default=64, ge=1)
     alpha: float = 64.0
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     # A name or the end of one: to_k is in video, audio and cross layers, attn1.to_k in video's.
     target_modules: tuple[str, ...] = ("to_k", "to_q", "to_v", "to_out.0")
 
@@ -37,42 +37,43 @@ class StrategySection(Section):
     name: str = "text-to-video"
     video: Stream | None = None
     audio: Stream | None = None
-    first_frame_conditioning_p: float = Field(0.1, ge=0.0, le=1.0)  # text_ and video_to_video
+    # Of text_to_video and video_to_video.
+    first_frame_conditioning_p: float = Field(default=0.1, ge=0.0, le=1.0)
     with_audio: bool = True
     reference_latents_dir: str | None = None  # video_to_video
 
 
 class OptimizationSection(Section):
-    learning_rate: float = Field(5e-4, gt=0.0)
-    steps: int = Field(3000, ge=1)
-    batch_size: int = Field(2, ge=1)  # of one process and one accumulation step
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    max_grad_norm: float = Field(1.0, gt=0.0)
+    learning_rate: float = Field(default=5e-4, gt=0.0)
+    steps: int = Field(default=3000, ge=1)
+    batch_size: int = Field(default=2, ge=1)  # of one process and one accumulation step
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    max_grad_norm: float = Field(default=1.0, gt=0.0)
     optimizer_type: str = "adamw"
-    optimizer_params: dict[str, Any] = Field({})  # ours: its own, such as betas
+    optimizer_params: dict[str, Any] = Field(default_factory=dict)  # ours: its own, such as betas
     scheduler_type: str = "linear"
-    scheduler_params: dict[str, Any] = Field({})
-    warmup_steps: int = Field(0, ge=0)  # ours
+    scheduler_params: dict[str, Any] = Field(default_factory=dict)
+    warmup_steps: int = Field(default=0, ge=0)  # ours
     enable_gradient_checkpointing: bool = True
-    ema_decay: float | None = Field(None, gt=0.0, lt=1.0)  # ours: the averaged weights are saved
+    ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)  # ours: averages are published
 
 
 class AccelerationSection(Section):
     device: Literal["cpu", "cuda", "mps"] | None = None  # ours; default: the best there is
     mixed_precision_mode: Literal["no", "fp16", "bf16"] = "bf16"
     quantization: Literal["int8", "nf4"] | None = None  # of a frozen base
-    blocks_to_swap: int = Field(0, ge=0)  # ours: blocks of a frozen base that stay in RAM
+    blocks_to_swap: int = Field(default=0, ge=0)  # ours: blocks of a frozen base that stay in RAM
     compile: bool = False  # ours: each block, once for all shapes of a bucket
     distributed: Literal["ddp", "fsdp"] = "ddp"  # ours: of several processes (torchrun)
     offload_optimizer_during_validation: bool = False
     memory_gb: float | None = None  # ours: the card that must suffice; default: the one there is
-    num_processes: int = Field(1, ge=1)  # ours: for --plan; a run counts its own
+    num_processes: int = Field(default=1, ge=1)  # ours: for --plan; a run counts its own
 
 
 class DataSection(Section):
     preprocessed_data_root: Path
-    num_dataloader_workers: int = Field(1, ge=0)  # 0 reads a batch when it is needed
-    caption_dropout: float = Field(0.0, ge=0.0, le=1.0)  # ours
+    num_dataloader_workers: int = Field(default=1, ge=0)  # 0 reads a batch when it is needed
+    caption_dropout: float = Field(default=0.0, ge=0.0, le=1.0)  # ours
     frame_rate: float | None = None  # ours: of parts that do not say
 
 
@@ -94,7 +95,7 @@ class ValidationSection(Section):
     frame_rate: float | None = None
     seed: int = 42
     inference_steps: int | None = None
-    interval: int | None = Field(100, ge=1)  # steps; null never
+    interval: int | None = Field(default=100, ge=1)  # steps; null never
     video_cfg_scale: float | None = None
     audio_cfg_scale: float | None = None
     video_stg_scale: float | None = None
@@ -108,8 +109,8 @@ class ValidationSection(Section):
 
 
 class CheckpointsSection(Section):
-    interval: int | None = Field(250, ge=1)  # steps; null only at the end
-    keep_last_n: int = Field(3, ge=-1)  # -1 keeps all
+    interval: int | None = Field(default=250, ge=1)  # steps; null only at the end
+    keep_last_n: int = Field(default=3, ge=-1)  # -1 keeps all
     precision: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of published weights
     no_resume: bool = False
     save_training_state: Literal["full", "minimal", "off"] = "full"
@@ -118,9 +119,9 @@ class CheckpointsSection(Section):
 class FlowMatchingSection(Section):
     timestep_sampling_mode: Literal["shifted_logit_normal", "uniform"] = "shifted_logit_normal"
     shift: float | None = None  # ours: mean of the logit; default grows with the sequence
-    uniform_share: float = Field(0.1, ge=0.0, le=1.0)  # ours: drawn uniformly in either mode
-    joint_share: float = Field(1.0, ge=0.0, le=1.0)  # ours: picture and sound share a level
-    clean_share: float = Field(0.0, ge=0.0, le=1.0)  # ours: one of the two is clean
+    uniform_share: float = Field(default=0.1, ge=0.0, le=1.0)  # ours: drawn uniformly all the same
+    joint_share: float = Field(default=1.0, ge=0.0, le=1.0)  # ours: picture and sound share a level
+    clean_share: float = Field(default=0.0, ge=0.0, le=1.0)  # ours: one of the two is clean
 
 
 class HubSection(Section):
@@ -161,9 +162,9 @@ class TrainingConfig(Section):
     wandb: WandbSection = WandbSection()
     trackio: TrackioSection = TrackioSection()
     tensorboard: TensorboardSection = TensorboardSection()
-    seed: int = Field(42, ge=0)
+    seed: int = Field(default=42, ge=0)
     output_dir: Path = Path("outputs/train")
-    log_interval: int = Field(10, ge=1)  # ours: steps
+    log_interval: int = Field(default=10, ge=1)  # ours: steps
 
     @property
     def mode(self) -> Mode:
