@@ -171,7 +171,7 @@ def _sheet_of_scene(rng: np.random.Generator, size: int, world: str) -> np.ndarr
 def _sheet_of_file(path: Path) -> np.ndarray:
     frames = np.stack(list(read_frames(path)))
     audio = read_audio(path, sample_rate=SAMPLE_RATE, channels=2).samples
-    return contact_sheet(frames, audio, title=path.name, fps=probe(path).fps or 12.0)
+    return contact_sheet(frames, audio, title=path.stem, fps=probe(path).fps or 12.0)
 
 
 if __name__ == "__main__":
