@@ -18,7 +18,7 @@ from PIL import Image
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from aiprod_pipelines import media
-from aiprod_serve import webhooks
+from aiprod_serve import streams, webhooks
 from aiprod_serve import worker as workers
 from aiprod_serve.jobs import JobStore
 
@@ -40,7 +40,9 @@ def test_events_tell_the_progress_show_previews_and_end_with_the_result(
 ):
     monkeypatch.setattr(workers, "PREVIEW_EVERY_S", 0.0)
     monkeypatch.setattr(workers, "PREVIEW_SHARE", 1.0)
-    monkeypatch.setattr(workers, "HEARTBEAT_S", 0.02)
+    monkeypatch.setattr(workers, "HEARTBEAT_S", 0.01)
+    for poll in ("POLL_S", "POLL_QUEUED_S"):  # the tiny model is done within one usual look
+        monkeypatch.setattr(streams, poll, 0.01)
     video = create(client, num_inference_steps=60)
     told = events(client.get(f"/v1/videos/{video}/events").text)
     percents = [data["progress"] for name, data in told if name == "progress"]
