@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from aiprod_core.components import conditioning
 from aiprod_core.components.patchifiers import AudioGrid, VideoGrid
-from aiprod_core.loader.lora_formats import DIFFUSERS_NAMES
 from aiprod_core.model.transformer import Transformer, TransformerConfig
+from aiprod_core.parity.diffusers_peers import transformer_arguments, transformer_name
 from aiprod_core.types import AudioLatentShape, ScaleFactors, VideoLatentShape
 from aiprod_trainer.named_optimizers import build_optimizers
 from aiprod_trainer.objective import noise_state
@@ -47,13 +47,6 @@ SECTION: dict[str, Any] = {
     "frequencies_precision": "float64",
     "apply_gated_attention": True,
     "cross_attention_adaln": True,
-}
-# Within a block; the names outside are core's DIFFUSERS_NAMES.
-BLOCK_NAMES = {
-    ".q_norm.": ".norm_q.",
-    ".k_norm.": ".norm_k.",
-    "scale_shift_table_a2v_ca_video": "video_a2v_cross_attn_scale_shift_table",
-    "scale_shift_table_a2v_ca_audio": "audio_a2v_cross_attn_scale_shift_table",
 }
 
 
@@ -77,9 +70,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     accelerator = Accelerator(cpu=True)
     config = TransformerConfig(**SECTION)
-    theirs = LTX2VideoTransformer3DModel(**their_arguments(config))
+    theirs = LTX2VideoTransformer3DModel(**transformer_arguments(config))
     ours = Transformer(config)
-    ours.load_state_dict({n: theirs.state_dict()[their_name(n)].clone() for n in ours.state_dict()})
+    ours.load_state_dict({transformer_name(n): p.clone() for n, p in theirs.state_dict().items()})
     if not options.no_compile:
         for block in ours.transformer_blocks:
             block.compile()
@@ -214,45 +207,6 @@ def sigmas(seed: int, count: int) -> Tensor:
 def generators(seed: int, count: int, name: str) -> list[torch.Generator]:
     offset = {"video": 1000, "audio": 2000}[name]
     return [torch.Generator().manual_seed(seed * 10_000 + offset + i) for i in range(count)]
-
-
-def their_name(name: str) -> str:
-    top, dot, rest = name.partition(".")
-    name = DIFFUSERS_NAMES.get(top, top) + dot + rest
-    for ours, theirs in BLOCK_NAMES.items():
-        name = name.replace(ours, theirs)
-    return name
-
-
-def their_arguments(config: TransformerConfig) -> dict[str, Any]:
-    limits = config.positional_embedding_max_pos
-    return {
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "num_attention_heads": config.num_attention_heads,
-        "attention_head_dim": config.attention_head_dim,
-        "cross_attention_dim": config.cross_attention_dim,
-        "pos_embed_max_pos": limits[0],
-        "base_height": limits[1],
-        "base_width": limits[2],
-        "audio_in_channels": config.audio_in_channels,
-        "audio_out_channels": config.audio_out_channels,
-        "audio_num_attention_heads": config.audio_num_attention_heads,
-        "audio_attention_head_dim": config.audio_attention_head_dim,
-        "audio_cross_attention_dim": config.audio_cross_attention_dim,
-        "audio_pos_embed_max_pos": config.audio_positional_embedding_max_pos[0],
-        "gated_attn": True,
-        "audio_gated_attn": True,
-        "cross_attn_mod": True,
-        "audio_cross_attn_mod": True,
-        "num_layers": config.num_layers,
-        "caption_channels": 1,
-        "use_prompt_embeddings": False,
-        "rope_type": config.rope_type,
-        "rope_double_precision": True,
-        "cross_attn_timestep_scale_multiplier": config.av_ca_timestep_scale_multiplier,
-        "perturbed_attn": False,
-    }
 
 
 if __name__ == "__main__":

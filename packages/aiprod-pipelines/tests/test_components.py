@@ -10,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from aiprod_core.errors import CheckpointError, InputError
-from aiprod_pipelines import components
-from aiprod_pipelines.components import ModelSet, describe_model, resolve_model
+from aiprod_pipelines import model_files
+from aiprod_pipelines.components import ModelSet, choose_dtype
+from aiprod_pipelines.model_files import describe_model, resolve_model
 from aiprod_pipelines.ti2vid_one_stage import TI2VidOneStagePipeline
 
 
@@ -89,7 +90,7 @@ def test_the_dev_file_of_a_repository_is_taken_and_its_header_checked_before_the
     with pytest.raises(CheckpointError, match='no "config" in the header'):
         resolve_model("org/name")
     assert fetched == []
-    monkeypatch.setattr(components, "check_supported", lambda *_: None)
+    monkeypatch.setattr(model_files, "check_supported", lambda *_: None)
     assert resolve_model("org/name") == [tiny_model]
     assert fetched == ["x-dev.safetensors"]
     files.remove("x-dev.safetensors")
@@ -103,15 +104,15 @@ def test_a_hub_out_of_reach_falls_back_to_the_cache(tiny_model: Path, monkeypatc
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", unreachable)
-    monkeypatch.setattr(components, "_cached_files", list)
+    monkeypatch.setattr(model_files, "_cached_files", list)
     with pytest.raises(InputError, match="the hub is out of reach and its cache has no copy"):
         resolve_model("org/name")
     monkeypatch.setattr(
-        components, "_cached_files", lambda: [("org/name", "x-dev.safetensors", tiny_model)]
+        model_files, "_cached_files", lambda: [("org/name", "x-dev.safetensors", tiny_model)]
     )
     assert resolve_model("org/name") == [tiny_model]
 
 
 def test_precision_follows_the_device():
-    assert components.choose_dtype(None, torch.device("cpu")) == torch.float32
-    assert components.choose_dtype(None, torch.device("cuda")) == torch.bfloat16
+    assert choose_dtype(None, torch.device("cpu")) == torch.float32
+    assert choose_dtype(None, torch.device("cuda")) == torch.bfloat16

@@ -25,8 +25,6 @@ from torch import Tensor
 from aiprod_core.components.guiders import Model
 from aiprod_core.errors import InputError
 from aiprod_core.model.attention import attention
-from aiprod_core.model.layers import Attention
-from aiprod_core.model.rope import Rotary, rotate
 from aiprod_core.model.transformer import Perturbations, Transformer
 from aiprod_core.types import Modality
 
@@ -112,50 +110,31 @@ def sequence_parallel(transformer: Transformer) -> Iterator[Model]:
         return video_velocity, audio_velocity
 
     for attn, streams in changed:
-        attn.mixed = partial(_mixed, attn, totals, *streams)
+        attn.attend = partial(_attend, totals, *streams)
     try:
         yield model
     finally:
         for attn, _ in changed:
-            del attn.mixed  # the instance's, which hid the class's
+            del attn.attend  # the instance's, which hid the class's
 
 
-def _mixed(
-    attn: Attention,
+def _attend(
     totals: dict[str, int],
     stream: str,
     context_stream: str,
-    x: Tensor,
-    context: Tensor | None = None,
-    *,
-    mask: Tensor | None = None,
-    rotary: Rotary | None = None,
-    context_rotary: Rotary | None = None,
-    keep: Tensor | bool = True,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
 ) -> Tensor:
-    """`Attention.mixed` for own tokens x (B, N / P, D) among those of all processes."""
-    context = x if context is None else context
-    k, v = attn.keys_values(context, rotary if context_rotary is None else context_rotary)
-    if keep is False:
-        out = v
-    else:
-        q = attn.q_norm(attn.to_q(x))
-        if rotary is not None:
-            q = rotate(q, rotary, attn.heads)
-        q = q.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, N / P, d)
-        whole = attention(
-            tokens_for_heads(q, totals[stream]),
-            tokens_for_heads(k, totals[context_stream]),
-            tokens_for_heads(v, totals[context_stream]),
-            mask,
-        )
-        out = heads_for_tokens(whole, totals[stream])
-        if isinstance(keep, Tensor):
-            out = torch.where(keep[..., None], out, v)
-    out = out.transpose(1, 2)  # (B, N / P, heads, d)
-    if attn.to_gate_logits is not None:
-        out = out * (2 * torch.sigmoid(attn.to_gate_logits(x)))[..., None]
-    return out.flatten(2)
+    """Attention of own tokens (B, heads, N / P, d) to those of all processes."""
+    whole = attention(
+        tokens_for_heads(q, totals[stream]),
+        tokens_for_heads(k, totals[context_stream]),
+        tokens_for_heads(v, totals[context_stream]),
+        mask,
+    )
+    return heads_for_tokens(whole, totals[stream])
 
 
 def tokens_for_heads(x: Tensor, total: int) -> Tensor:

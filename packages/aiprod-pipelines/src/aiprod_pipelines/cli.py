@@ -6,11 +6,9 @@ Exit codes: 0 done, 2 something the user can mend (one sentence on standard erro
 Typer app with a name becomes a group, one without adds its commands beside `generate`.
 """
 
-import functools
 import json
 import signal
 import sys
-from collections.abc import Callable
 from importlib.metadata import entry_points, version
 from inspect import signature
 from pathlib import Path
@@ -18,7 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from aiprod_pipelines import commands
 from aiprod_pipelines.catalog import PIPELINES
+from aiprod_pipelines.terminal import (
+    JsonFlag,
+    ModelOption,
+    check_output,
+    explains_errors,
+    print_table,
+    size_text,
+)
 
 if TYPE_CHECKING:
     from aiprod_pipelines.pipeline import Pipeline
@@ -32,64 +39,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-models_app = typer.Typer(help="What models are here, and what is in them.", no_args_is_help=True)
-app.add_typer(models_app, name="models")
-pipelines_app = typer.Typer(help="The ways to make a clip.", no_args_is_help=True)
-app.add_typer(pipelines_app, name="pipelines")
-
-JsonFlag = Annotated[
-    bool, typer.Option("--json", help="Make the last line of standard output one JSON object.")
-]
-ModelOption = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        "-m",
-        help="`nano` (ships with AIPROD), a .safetensors file or folder, or a hub repository "
-        "as org/name or org/name/file.safetensors.",
-    ),
-]
+app.add_typer(commands.app)
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Runs the command and exits with its code."""
     # A terminated run must leave no half-written file either: unwind as for Ctrl-C.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
-    from aiprod_pipelines.commands import app as commands  # which uses this module's parts
-
-    app.add_typer(commands)
     for entry in entry_points(group="aiprod.commands"):
         app.add_typer(entry.load())
     app(args=argv)
     sys.exit(0)
-
-
-def explains_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns what a user can mend into one sentence and exit code 2, and Ctrl-C into 130."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        from aiprod_core.errors import InputError, is_out_of_memory
-
-        try:
-            command(*args, **kwargs)
-        except InputError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            typer.echo("interrupted: nothing was written", err=True)
-            raise typer.Exit(130) from None
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            typer.echo(
-                "error: out of memory; try fewer frames (--num-frames) or a smaller picture "
-                f"(--width, --height). {error}".splitlines()[0],
-                err=True,
-            )
-            raise typer.Exit(1) from None
-
-    return wrapped
 
 
 @app.callback(invoke_without_command=True)
@@ -527,14 +487,6 @@ PLAIN_FIELDS = (
 )  # fmt: skip
 
 
-def check_output(output: Path, pipeline: str) -> None:
-    """Raises InputError when the clip could not be written, before anything else is done."""
-    from aiprod_pipelines import media
-
-    is_sound = pipeline == "text-to-audio"
-    media.check_output_path(output, media.SOUND_SUFFIXES if is_sound else media.VIDEO_SUFFIXES)
-
-
 def write_clip(
     pipeline: "Pipeline",
     request: "GenerationRequest",
@@ -589,236 +541,6 @@ def write_clip(
     seconds = sum(clip.progress.seconds.values())
     summary = f"{', '.join(parts)}, seed {request.seed}, {seconds:.1f} s"
     typer.echo(f"{output}: {summary}", err=is_piped)
-
-
-@pipelines_app.command("list")
-@explains_errors
-def list_pipelines(as_json: JsonFlag = False) -> None:
-    """List the pipelines with what each is for and the inputs that it takes."""
-    if as_json:
-        entries = [{"name": name, **entry._asdict()} for name, entry in PIPELINES.items()]
-        typer.echo(json.dumps(entries))
-        return
-    rows = [(name, entry.summary, entry.inputs) for name, entry in PIPELINES.items()]
-    print_table(("pipeline", "", "inputs"), rows)
-
-
-@app.command()
-@explains_errors
-def inspect(
-    clip: Annotated[Path, typer.Argument(help="A clip that AIPROD wrote.")],
-    as_json: JsonFlag = False,
-) -> None:
-    """Show the recipe that a clip carries: prompt, seed, model, every setting.
-
-    [dim]aiprod inspect ball.mp4[/dim]
-    """
-    from aiprod_pipelines import media
-    from aiprod_pipelines.recipe import read_recipe
-
-    info = media.probe(clip)
-    recipe = read_recipe(clip)
-    if as_json:
-        typer.echo(json.dumps(recipe, ensure_ascii=False))
-        return
-    sound = f"{info.audio_codec} at {info.audio_sample_rate} Hz" if info.audio_codec else "none"
-    rows = {
-        "file": f"{info.width}x{info.height}, {info.num_frames} frames at {info.fps:g} fps",
-        "sound": sound,
-        "pipeline": recipe["pipeline"],
-        "model": recipe["model"]["name"],
-        **{f"model file {i}": _identity(f) for i, f in enumerate(recipe["model"]["files"], 1)},
-        "text encoder": recipe["text_encoder"]["source"] or "the model's",
-        **{name: _as_text(value) for name, value in recipe["request"].items()},
-        **{f"sha256 of {name}": digest for name, digest in recipe["inputs"].items()},
-        "computed on": ", ".join(recipe["computed_on"].values()),
-        "versions": ", ".join(f"{name} {number}" for name, number in recipe["versions"].items()),
-        "latents sha256": recipe["latents_sha256"],
-    }
-    print_table(("", ""), list(rows.items()))
-
-
-@app.command()
-@explains_errors
-def replay(
-    clip: Annotated[Path, typer.Argument(help="A clip that AIPROD wrote.")],
-    check: Annotated[
-        bool,
-        typer.Option(
-            "--check",
-            help="Only say whether the same latents come out, bit for bit: exit 0, or 1.",
-        ),
-    ] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Default: CLIP-replay.mp4 beside it.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Where the model is now, if it has moved.")
-    ] = None,
-    text_encoder: Annotated[
-        str | None, typer.Option(help="Where the text encoder is now, if it has moved.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="Default: as the clip was made.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Default: as the clip was made.")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Make a clip again from the recipe that it carries, or say which input has changed.
-
-    [dim]aiprod replay ball.mp4[/dim]
-    [dim]aiprod replay ball.mp4 --check[/dim]
-    """
-    from aiprod_pipelines.progress import RichProgress
-    from aiprod_pipelines.replay import open_replay
-
-    target = output or clip.with_name(f"{clip.stem}-replay{clip.suffix}")
-    again = open_replay(clip, model=model, text_encoder=text_encoder, device=device, dtype=dtype)
-    if not check:
-        check_output(target, again.pipeline.name)
-    report: dict[str, Any] = {
-        "same": False,
-        "changed": again.changed,
-        "noted": again.noted,
-        "latents_sha256": None,
-        "expected_sha256": again.recipe["latents_sha256"],
-        "output": None,
-    }
-    if not (check and again.changed):  # another input cannot give the same latents
-        result = again.run(RichProgress())
-        report["same"] = again.is_same(result)
-        report["latents_sha256"] = result.recipe["latents_sha256"]
-        if not check:
-            report["output"] = str(result.save(target))
-    if as_json:
-        typer.echo(json.dumps(report))
-    else:
-        verdict = "the same latents, bit for bit" if report["same"] else "not the same latents"
-        typer.echo(f"{report['output'] or clip}: {verdict}")
-        for reason in [] if report["same"] else [*again.changed, *again.noted]:
-            typer.echo(f"  {reason}")
-    if check and not report["same"]:
-        raise typer.Exit(1)
-
-
-@models_app.command("list")
-@explains_errors
-def list_models(as_json: JsonFlag = False) -> None:
-    """List the models that can be named without a path: shipped ones, and the hub cache's."""
-    from aiprod_pipelines.components import available_models
-
-    found = available_models()
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    rows = [(m["name"], size_text(m["bytes"]) if m["bytes"] else "-", m["note"]) for m in found]
-    print_table(("model", "size", ""), rows)
-
-
-@models_app.command("show")
-@explains_errors
-def show_model(
-    model: Annotated[str, typer.Argument(help="A name or path as for `generate --model`.")],
-    as_json: JsonFlag = False,
-) -> None:
-    """Show a model's version, grid, defaults and parameter counts, from its header alone.
-
-    [dim]aiprod models show nano[/dim]
-    """
-    from aiprod_pipelines.components import describe_model
-
-    facts = describe_model(model)
-    if as_json:
-        typer.echo(json.dumps(facts))
-        return
-    rows = [
-        (name, _as_text(value))
-        for name, value in facts.items()
-        if name not in ("parameters", "defaults") and value is not None
-    ]
-    rows += [(f"default {name}", _as_text(value)) for name, value in facts["defaults"].items()]
-    rows += [(name, f"{count:,} parameters") for name, count in facts["parameters"].items()]
-    rows.append(("total", f"{sum(facts['parameters'].values()):,} parameters"))
-    print_table(("", ""), rows)
-
-
-@models_app.command("convert")
-@explains_errors
-def convert_model(
-    model: Annotated[str, typer.Argument(help="A name or path as for `generate --model`.")],
-    folder: Annotated[Path, typer.Argument(help="Where the files are written.")],
-    variant: Annotated[
-        list[str] | None,
-        typer.Option(help="dev, dev-fp8, distilled or distilled-fp8. Repeat; default: dev-fp8."),
-    ] = None,
-    distilled_lora: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH[:STRENGTH]", help="What makes it distilled; default: beside the model."
-        ),
-    ] = None,
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATH[:STRENGTH]", help="An adapter to add to all. Repeat."),
-    ] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Write a model's other variants: adapters in the weights, large weights in fp8.
-
-    [dim]aiprod models convert ltx-2-19b-dev.safetensors models --variant distilled-fp8[/dim]
-    """
-    from aiprod_pipelines.conversion import convert_variants
-    from aiprod_pipelines.request import LoraFile
-
-    written = convert_variants(
-        model,
-        folder,
-        variant or ["dev-fp8"],
-        distilled_lora=LoraFile.parse(distilled_lora) if distilled_lora else None,
-        loras=[LoraFile.parse(text) for text in lora or ()],
-    )
-    if as_json:
-        typer.echo(json.dumps([str(path) for path in written]))
-        return
-    for path in written:
-        typer.echo(f"{path}: {size_text(path.stat().st_size)}")
-
-
-def print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=200)  # hashes stay whole in a pipe
-    table = Table(box=box.SIMPLE, show_header=any(header), pad_edge=False)
-    for name in header:
-        table.add_column(name, overflow="fold")
-    for row in rows:
-        # Text, not str: a prompt may hold square brackets, which rich would read as markup.
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
-
-
-def _as_text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_as_text(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(_as_text(item) for item in value) or "none"
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _identity(file: dict[str, Any]) -> str:
-    kind = "sha256" if "sha256" in file else "sampled_sha256"
-    return f"{file['file']}, {size_text(file['bytes'])}, {kind} {file[kind]}"
-
-
-def size_text(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.4g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.4g} GB"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Commands around `aiprod generate`: presets, what is kept between runs, many prompts."""
+"""Commands around `aiprod generate`: clips' recipes, models, presets, the cache, many prompts."""
 
 import json
 from pathlib import Path
@@ -6,13 +6,222 @@ from typing import Annotated, Any
 
 import typer
 
-from aiprod_pipelines.cli import JsonFlag, ModelOption, explains_errors, print_table, size_text
+from aiprod_pipelines.catalog import PIPELINES
+from aiprod_pipelines.terminal import (
+    JsonFlag,
+    ModelOption,
+    as_text,
+    check_output,
+    explains_errors,
+    print_table,
+    size_text,
+)
 
 app = typer.Typer()
+models_app = typer.Typer(help="What models are here, and what is in them.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+pipelines_app = typer.Typer(help="The ways to make a clip.", no_args_is_help=True)
+app.add_typer(pipelines_app, name="pipelines")
 cache_app = typer.Typer(help="What is kept between runs.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
 presets_app = typer.Typer(help="Settings under one name.", no_args_is_help=True)
 app.add_typer(presets_app, name="presets")
+
+
+@pipelines_app.command("list")
+@explains_errors
+def list_pipelines(as_json: JsonFlag = False) -> None:
+    """List the pipelines with what each is for and the inputs that it takes."""
+    if as_json:
+        entries = [{"name": name, **entry._asdict()} for name, entry in PIPELINES.items()]
+        typer.echo(json.dumps(entries))
+        return
+    rows = [(name, entry.summary, entry.inputs) for name, entry in PIPELINES.items()]
+    print_table(("pipeline", "", "inputs"), rows)
+
+
+@app.command()
+@explains_errors
+def inspect(
+    clip: Annotated[Path, typer.Argument(help="A clip that AIPROD wrote.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Show the recipe that a clip carries: prompt, seed, model, every setting.
+
+    [dim]aiprod inspect ball.mp4[/dim]
+    """
+    from aiprod_pipelines import media
+    from aiprod_pipelines.recipe import read_recipe
+
+    info = media.probe(clip)
+    recipe = read_recipe(clip)
+    if as_json:
+        typer.echo(json.dumps(recipe, ensure_ascii=False))
+        return
+    sound = f"{info.audio_codec} at {info.audio_sample_rate} Hz" if info.audio_codec else "none"
+    rows = {
+        "file": f"{info.width}x{info.height}, {info.num_frames} frames at {info.fps:g} fps",
+        "sound": sound,
+        "pipeline": recipe["pipeline"],
+        "model": recipe["model"]["name"],
+        **{f"model file {i}": _identity(f) for i, f in enumerate(recipe["model"]["files"], 1)},
+        "text encoder": recipe["text_encoder"]["source"] or "the model's",
+        **{name: as_text(value) for name, value in recipe["request"].items()},
+        **{f"sha256 of {name}": digest for name, digest in recipe["inputs"].items()},
+        "computed on": ", ".join(recipe["computed_on"].values()),
+        "versions": ", ".join(f"{name} {number}" for name, number in recipe["versions"].items()),
+        "latents sha256": recipe["latents_sha256"],
+    }
+    print_table(("", ""), list(rows.items()))
+
+
+@app.command()
+@explains_errors
+def replay(
+    clip: Annotated[Path, typer.Argument(help="A clip that AIPROD wrote.")],
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Only say whether the same latents come out, bit for bit: exit 0, or 1.",
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Default: CLIP-replay.mp4 beside it.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Where the model is now, if it has moved.")
+    ] = None,
+    text_encoder: Annotated[
+        str | None, typer.Option(help="Where the text encoder is now, if it has moved.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Default: as the clip was made.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Default: as the clip was made.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make a clip again from the recipe that it carries, or say which input has changed.
+
+    [dim]aiprod replay ball.mp4[/dim]
+    [dim]aiprod replay ball.mp4 --check[/dim]
+    """
+    from aiprod_pipelines.progress import RichProgress
+    from aiprod_pipelines.replay import open_replay
+
+    target = output or clip.with_name(f"{clip.stem}-replay{clip.suffix}")
+    again = open_replay(clip, model=model, text_encoder=text_encoder, device=device, dtype=dtype)
+    if not check:
+        check_output(target, again.pipeline.name)
+    report: dict[str, Any] = {
+        "same": False,
+        "changed": again.changed,
+        "noted": again.noted,
+        "latents_sha256": None,
+        "expected_sha256": again.recipe["latents_sha256"],
+        "output": None,
+    }
+    if not (check and again.changed):  # another input cannot give the same latents
+        result = again.run(RichProgress())
+        report["same"] = again.is_same(result)
+        report["latents_sha256"] = result.recipe["latents_sha256"]
+        if not check:
+            report["output"] = str(result.save(target))
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        verdict = "the same latents, bit for bit" if report["same"] else "not the same latents"
+        typer.echo(f"{report['output'] or clip}: {verdict}")
+        for reason in [] if report["same"] else [*again.changed, *again.noted]:
+            typer.echo(f"  {reason}")
+    if check and not report["same"]:
+        raise typer.Exit(1)
+
+
+@models_app.command("list")
+@explains_errors
+def list_models(as_json: JsonFlag = False) -> None:
+    """List the models that can be named without a path: shipped ones, and the hub cache's."""
+    from aiprod_pipelines.model_files import available_models
+
+    found = available_models()
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    rows = [(m["name"], size_text(m["bytes"]) if m["bytes"] else "-", m["note"]) for m in found]
+    print_table(("model", "size", ""), rows)
+
+
+@models_app.command("show")
+@explains_errors
+def show_model(
+    model: Annotated[str, typer.Argument(help="A name or path as for `generate --model`.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Show a model's version, grid, defaults and parameter counts, from its header alone.
+
+    [dim]aiprod models show nano[/dim]
+    """
+    from aiprod_pipelines.model_files import describe_model
+
+    facts = describe_model(model)
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    rows = [
+        (name, as_text(value))
+        for name, value in facts.items()
+        if name not in ("parameters", "defaults") and value is not None
+    ]
+    rows += [(f"default {name}", as_text(value)) for name, value in facts["defaults"].items()]
+    rows += [(name, f"{count:,} parameters") for name, count in facts["parameters"].items()]
+    rows.append(("total", f"{sum(facts['parameters'].values()):,} parameters"))
+    print_table(("", ""), rows)
+
+
+@models_app.command("convert")
+@explains_errors
+def convert_model(
+    model: Annotated[str, typer.Argument(help="A name or path as for `generate --model`.")],
+    folder: Annotated[Path, typer.Argument(help="Where the files are written.")],
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(help="dev, dev-fp8, distilled or distilled-fp8. Repeat; default: dev-fp8."),
+    ] = None,
+    distilled_lora: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH[:STRENGTH]", help="What makes it distilled; default: beside the model."
+        ),
+    ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH[:STRENGTH]", help="An adapter to add to all. Repeat."),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a model's other variants: adapters in the weights, large weights in fp8.
+
+    [dim]aiprod models convert ltx-2-19b-dev.safetensors models --variant distilled-fp8[/dim]
+    """
+    from aiprod_pipelines.conversion import convert_variants
+    from aiprod_pipelines.request import LoraFile
+
+    written = convert_variants(
+        model,
+        folder,
+        variant or ["dev-fp8"],
+        distilled_lora=LoraFile.parse(distilled_lora) if distilled_lora else None,
+        loras=[LoraFile.parse(text) for text in lora or ()],
+    )
+    if as_json:
+        typer.echo(json.dumps([str(path) for path in written]))
+        return
+    for path in written:
+        typer.echo(f"{path}: {size_text(path.stat().st_size)}")
+
+
+def _identity(file: dict[str, Any]) -> str:
+    kind = "sha256" if "sha256" in file else "sampled_sha256"
+    return f"{file['file']}, {size_text(file['bytes'])}, {kind} {file[kind]}"
 
 
 @cache_app.command("info")

@@ -9,7 +9,7 @@ from aiprod_core.loader.checkpoint import open_checkpoint
 from aiprod_core.loader.convert import convert
 from aiprod_core.loader.lora import open_lora
 from aiprod_pipelines import companions
-from aiprod_pipelines.components import resolve_model
+from aiprod_pipelines.model_files import resolve_model
 from aiprod_pipelines.request import LoraFile
 
 VARIANTS = ("dev", "dev-fp8", "distilled", "distilled-fp8")

@@ -102,7 +102,7 @@ FLAGS = (
 
 def main(pipeline: "type[Pipeline]", arguments: Sequence[str] | None = None) -> NoReturn:
     """Runs one pipeline from LTX-2's command line and exits with its code."""
-    from aiprod_pipelines.cli import explains_errors
+    from aiprod_pipelines.terminal import explains_errors
 
     parser = argument_parser(pipeline)
     given = vars(parser.parse_args(arguments))

@@ -9,7 +9,8 @@ from aiprod_core.errors import InputError
 from aiprod_core.types import AV
 from aiprod_pipelines import companions, media
 from aiprod_pipelines.clip import Clip
-from aiprod_pipelines.components import ModelSet, count_parameters
+from aiprod_pipelines.components import ModelSet
+from aiprod_pipelines.model_files import count_parameters
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest, LoraFile, ModelProfile, PerModality
 from aiprod_pipelines.tiles import choose_refine_tile

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aiprod_pipelines.cli import JsonFlag, explains_errors
+from aiprod_pipelines.terminal import JsonFlag, explains_errors
 
 if TYPE_CHECKING:
     from aiprod_serve.database import Database

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from sqlalchemy.exc import DBAPIError
 
-from aiprod_core.errors import InputError
+from aiprod_core.errors import InputError, is_out_of_memory
 from aiprod_core.types import AV
 from aiprod_pipelines import media
 from aiprod_pipelines.catalog import find_pipeline
@@ -273,8 +273,7 @@ def explain(error: Exception) -> tuple[str, str]:
     """A code and a sentence for the client. What only the operator can mend is not detailed."""
     if _is_disk_full(error):
         return "disk_full", "the server's disk is full; try again when there is room."
-    text = str(error).lower()
-    if isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text:
+    if is_out_of_memory(error):
         return "out_of_memory", "out of memory; try fewer frames or a smaller picture."
     if isinstance(error, InputError):
         return "invalid_request", str(error)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from aiprod_pipelines.cli import explains_errors
+from aiprod_pipelines.terminal import explains_errors
 
 app = typer.Typer()
 

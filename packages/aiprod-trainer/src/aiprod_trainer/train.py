@@ -36,7 +36,7 @@ from aiprod_core.model.text_connector import TextProjector
 from aiprod_core.model.transformer import Transformer
 from aiprod_core.model.video_vae import VideoVAEConfig
 from aiprod_core.types import ScaleFactors
-from aiprod_pipelines.components import resolve_model
+from aiprod_pipelines.model_files import resolve_model
 from aiprod_trainer import adapters, checkpoints, fitting
 from aiprod_trainer.data import Batch, LatentDataset
 from aiprod_trainer.modes import (

@@ -24,6 +24,13 @@ from aiprod_trainer.run import Run, averaged_copy, update_average
 from aiprod_trainer.world.scene import sample_scene
 from aiprod_trainer.world.sound import synthesise
 
+# Pure tones, which are hardest to learn.
+RINGING: tuple[dict[str, str], ...] = (
+    {"motion": "bounce", "material": "metal"},
+    {"motion": "bounce", "material": "glass"},
+    {"motion": "pulse"},
+)
+
 
 class VocoderTrainingConfig(Section):
     vocoder: dict[str, Any]  # the checkpoint's "vocoder" section, published keys
@@ -31,7 +38,7 @@ class VocoderTrainingConfig(Section):
     world: str = "v1"
     batch_size: int = 8
     crop_frames: int = 64  # mel frames of a training crop
-    ringing_share: float = 0.6  # of the crops hold metal, glass or a beep: pure tones are hardest
+    ringing_share: float = 0.6  # of the crops hold one of RINGING
     steps: int = 2000
     warmup_steps: int = 50
     muon_lr: float = 1e-3
@@ -100,12 +107,8 @@ def crops(
     """
     scenes = []
     for _ in range(count):
-        given = {}
-        if rng.random() < ringing_share:
-            kind = str(rng.choice(["metal", "glass", "beep"]))
-            given = {"motion": "bounce", "material": kind}
-            if kind == "beep":
-                given = {"motion": "pulse"}
+        is_ringing = rng.random() < ringing_share
+        given = RINGING[rng.integers(len(RINGING))] if is_ringing else {}
         scenes.append(sample_scene(rng, world=config.world, **given))
     sound = np.stack([synthesise(scene) for scene in scenes])
     waveform = torch.from_numpy(sound)

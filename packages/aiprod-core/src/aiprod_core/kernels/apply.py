@@ -4,9 +4,8 @@ The networks name the places: the linear layers, `Attention.rotated_norm`, `Bloc
 `Block.add_norm`, `GELULinear` and `CausalConv3d`. A swap hides the class's function by one of the
 instance, so weights, names and submodules stay; weights may still be moved or fused with LoRAs.
 
-On CUDA these are the Triton kernels of this package, on a CPU oneDNN's products
-and convolutions. Layers that
-quantisation has replaced are left alone.
+On CUDA these are the Triton kernels of this package, on a CPU oneDNN's products and convolutions.
+Layers that quantisation has replaced are left alone.
 """
 
 from collections import Counter

@@ -1,9 +1,7 @@
-"""RMS norm, scale and shift in one pass, and optionally the rounding to fp8 that follows.
+"""RMS norm, scale and shift in one pass.
 
 PyTorch reads and writes the tokens two or three times for `norm(x) (1 + scale) + shift`; here each
-row is read once and written once. With `fp8_scale` the result is divided by it and written in
-float8_e4m3fn, as a scaled fp8 linear layer wants its input: a quarter of float32's bytes, half of
-bfloat16's.
+row is read once and written once.
 
 Letters: B batch, N tokens, D width.
 """
@@ -15,39 +13,27 @@ from torch import Tensor
 
 from aiprod_core.model.transformer import modulated_norm
 
-FP8_MAX = tl.constexpr(448.0)
+reference = modulated_norm
 
 
-def reference(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, fp8_scale: Tensor | None = None
-) -> Tensor:
-    y = modulated_norm(x, scale, shift, eps)
-    if fp8_scale is None:
-        return y
-    return (y.float() / fp8_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
-
-
-def fused_adaln(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, fp8_scale: Tensor | None = None
-) -> Tensor:
-    """x (B, N, D); scale, shift (B or 1, N or 1, D); fp8_scale a float32 scalar. (B, N, D)."""
+def fused_adaln(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """x (B, N, D); scale, shift (B or 1, N or 1, D). Returns (B, N, D)."""
     x = x.contiguous()
     batch, tokens, width = x.shape
     scale, shift = (row.expand(batch, tokens, width) for row in (scale, shift))
-    out = torch.empty_like(x, dtype=x.dtype if fp8_scale is None else torch.float8_e4m3fn)
+    out = torch.empty_like(x)
     _adaln[(batch * tokens,)](
-        x, scale, shift, out, x if fp8_scale is None else fp8_scale,
+        x, scale, shift, out,
         tokens, width, scale.stride(0), scale.stride(1), shift.stride(0), shift.stride(1), eps,
-        TO_FP8=fp8_scale is not None, BLOCK=triton.next_power_of_2(width),
+        BLOCK=triton.next_power_of_2(width),
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _adaln(
-    x_ptr, scale_ptr, shift_ptr, out_ptr, fp8_scale_ptr,
-    tokens, width, scale_b, scale_n, shift_b, shift_n, eps,
-    TO_FP8: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, scale_ptr, shift_ptr, out_ptr,
+    tokens, width, scale_b, scale_n, shift_b, shift_n, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     b, n = row // tokens, row % tokens
@@ -58,7 +44,4 @@ def _adaln(
     shift = tl.load(shift_ptr + b * shift_b + n * shift_n + column, mask=inside, other=0.0)
     y = x * tl.rsqrt(tl.sum(x * x) / width + eps)
     y = y * (1.0 + scale.to(tl.float32)) + shift.to(tl.float32)
-    if TO_FP8:
-        # The cast would turn what is larger into NaN.
-        y = tl.clamp(y / tl.load(fp8_scale_ptr), -FP8_MAX, FP8_MAX)
     tl.store(out_ptr + row * width + column, y.to(out_ptr.dtype.element_ty), mask=inside)

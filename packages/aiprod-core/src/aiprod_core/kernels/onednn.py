@@ -5,7 +5,8 @@ In float32 PyTorch multiplies by MKL. On AMD Zen 4, one core, 384 rows of 512 an
 apart reach 60. Weights packed once would give another 5 %; they are not, so that they take no more
 memory and LoRAs may still change them in place. One product for q, k and v together gains nothing.
 
-There is no derivative: with gradients on, the layers compute as ever.
+There is no derivative: with gradients on, the layers compute as ever. So they do in 16 bits, for
+which PyTorch calls oneDNN by itself where the machine can.
 
 Letters: C channels, F frames, H W height and width.
 """
@@ -27,19 +28,19 @@ def is_available() -> bool:
     return torch.backends.mkldnn.is_available()
 
 
-def is_product_large(x: Tensor, weight: Tensor) -> bool:
-    return x.numel() * weight.shape[0] >= MIN_PRODUCT
+def is_faster_in_onednn(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.numel() * weight.shape[0] >= MIN_PRODUCT
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    if torch.is_grad_enabled() or not is_product_large(x, layer.weight):
+    if torch.is_grad_enabled() or not is_faster_in_onednn(x, layer.weight):
         return F.linear(x, layer.weight, layer.bias)
     return _product()(x, layer.weight, layer.bias, False)
 
 
 def gelu_linear(layer: GELULinear, x: Tensor) -> Tensor:
     weight, bias = layer.proj.weight, layer.proj.bias
-    if torch.is_grad_enabled() or not is_product_large(x, weight):
+    if torch.is_grad_enabled() or not is_faster_in_onednn(x, weight):
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
     return _product()(x, weight, bias, True)
 
@@ -100,7 +101,9 @@ def is_faster_in_2d(conv: nn.Conv3d, x: Tensor) -> bool:
     to as many 107, 111, 103 and 97, 96, 94. Below some 500 positions the weights are most of the
     work, and 2D lays them out three times: 256 -> 2048 at 192 positions 69 and 26.
     """
-    if len(x) != 1 or conv.stride != (1, 1, 1) or x[0, 0].numel() < 512:
+    if x.dtype != torch.float32 or len(x) != 1:
+        return False
+    if conv.stride != (1, 1, 1) or x[0, 0].numel() < 512:
         return False
     return conv.in_channels != conv.out_channels or conv.in_channels % 128 == 0
 

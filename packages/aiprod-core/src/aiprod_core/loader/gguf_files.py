@@ -21,28 +21,28 @@ SHAPE = "comfy.gguf.orig_shape."  # where a tool has flattened a tensor to fit i
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """Text metadata, and the shapes by published key. Raises CheckpointError for a damaged file."""
-    reader = _reader(path)
+    reader, tensors = _read(path)
     metadata = {
         name: field.contents()
         for name, field in reader.fields.items()
         if not name.startswith((SHAPE, "GGUF.")) and isinstance(field.contents(), str)
     }
-    shapes = {_key(tensor.name): _shape(reader, tensor) for tensor in reader.tensors}
-    return metadata, shapes
+    return metadata, {key: _shape(reader, tensor) for key, tensor in tensors.items()}
 
 
 def fetch_gguf(path: Path, key: str) -> Tensor:
     """One tensor, widened to bfloat16."""
     from gguf.quants import dequantize
 
-    reader = _reader(path)
-    tensor = next(tensor for tensor in reader.tensors if _key(tensor.name) == key)
+    reader, tensors = _read(path)
+    tensor = tensors[key]
     wide = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
     return wide.to(torch.bfloat16).reshape(_shape(reader, tensor))
 
 
 @lru_cache(maxsize=4)
-def _reader(path: Path) -> Any:
+def _read(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The file's reader, and its tensors by published key."""
     try:
         from gguf import GGUFReader
     except ModuleNotFoundError:
@@ -50,7 +50,8 @@ def _reader(path: Path) -> Any:
             f'{path}: needs the gguf package: pip install "aiprod-core[gguf]"'
         ) from None
     try:
-        return GGUFReader(path)
+        reader = GGUFReader(path)
+        return reader, {_key(tensor.name): tensor for tensor in reader.tensors}
     except Exception as error:  # the package raises whatever it stumbles over
         raise CheckpointError(f"{path}: cannot be read as GGUF ({error}).") from error
 

@@ -35,7 +35,9 @@ class Attention(nn.Module):
     which is 1 at initialisation of the gate.
     """
 
-    rotated_norm = staticmethod(rotated_norm)  # an instance may have a kernel's instead
+    # An instance may have others instead: a kernel, or attention over several processes.
+    rotated_norm = staticmethod(rotated_norm)
+    attend = staticmethod(attention)
 
     def __init__(
         self,
@@ -85,7 +87,7 @@ class Attention(nn.Module):
         else:
             q = self._split_heads(self._rotated(self.to_q(x), self.q_norm, rotary))
             k, v = self.keys_values(context, rotary if context_rotary is None else context_rotary)
-            out = attention(q, k, v, mask)
+            out = self.attend(q, k, v, mask)
             if isinstance(keep, Tensor):
                 out = torch.where(keep[..., None], out, v)
         out = out.transpose(1, 2)  # (B, N, heads, d)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from aiprod_pipelines.cli import explains_errors, print_table
+from aiprod_pipelines.terminal import explains_errors, print_table
 
 app = typer.Typer()
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aiprod_pipelines.cli import JsonFlag, explains_errors
+from aiprod_pipelines.terminal import JsonFlag, explains_errors
 
 if TYPE_CHECKING:
     from aiprod_trainer.dataset.prepare import Summary
@@ -165,27 +165,7 @@ def process_dataset(
     """
     from aiprod_trainer.dataset import prepare
 
-    columns = _columns(video_column, caption_column, reference_column)
-    clips, folder = _open(dataset, output_dir, columns)
-    summary = prepare.process_dataset(
-        clips,
-        folder,
-        prepare.Model(model_path, text_encoder_path, device, dtype),
-        _settings(
-            model_path,
-            resolution_buckets,
-            frame_rate,
-            reshape_mode=reshape_mode,
-            with_audio=with_audio,
-            controls=tuple(control or ()),
-            reference_downscale_factor=reference_downscale_factor,
-            reference_temporal_scale_factor=reference_temporal_scale_factor,
-            clips_per_part=clips_per_part,
-        ),
-        _run(workers, ray, device, overwrite),
-        lora_trigger=lora_trigger,
-    )
-    _say(summary, folder, as_json)
+    _encode(prepare.process_dataset, locals(), text_encoder_path, lora_trigger=lora_trigger)
 
 
 @app.command("process-videos")
@@ -218,26 +198,7 @@ def process_videos(
     """
     from aiprod_trainer.dataset import prepare
 
-    columns = _columns(video_column, caption_column, reference_column)
-    clips, folder = _open(dataset, output_dir, columns)
-    summary = prepare.process_videos(
-        clips,
-        folder,
-        prepare.Model(model_path, None, device, dtype),
-        _settings(
-            model_path,
-            resolution_buckets,
-            frame_rate,
-            reshape_mode=reshape_mode,
-            with_audio=with_audio,
-            controls=tuple(control or ()),
-            reference_downscale_factor=reference_downscale_factor,
-            reference_temporal_scale_factor=reference_temporal_scale_factor,
-            clips_per_part=clips_per_part,
-        ),
-        _run(workers, ray, device, overwrite),
-    )
-    _say(summary, folder, as_json)
+    _encode(prepare.process_videos, locals())
 
 
 @app.command("process-captions")
@@ -426,6 +387,39 @@ def caption_videos(
         return
     typer.echo(f"{output}: {len(rows)} captions")
     _say_skipped(failed)
+
+
+def _encode(
+    process: Callable[..., "Summary"],
+    options: dict[str, Any],  # of process-videos
+    text_encoder: str | None = None,
+    **text: Any,
+) -> None:
+    """Runs one of `prepare`'s functions with a command's options and says what came of it."""
+    from aiprod_trainer.dataset.prepare import Model
+
+    columns = _columns(
+        options["video_column"], options["caption_column"], options["reference_column"]
+    )
+    clips, folder = _open(options["dataset"], options["output_dir"], columns)
+    same = (
+        "reshape_mode",
+        "with_audio",
+        "reference_downscale_factor",
+        "reference_temporal_scale_factor",
+        "clips_per_part",
+    )
+    model_path, device = options["model_path"], options["device"]
+    settings = _settings(
+        model_path,
+        options["resolution_buckets"],
+        options["frame_rate"],
+        controls=tuple(options["control"] or ()),
+        **{name: options[name] for name in same},
+    )
+    run = _run(options["workers"], options["ray"], device, options["overwrite"])
+    model = Model(model_path, text_encoder, device, options["dtype"])
+    _say(process(clips, folder, model, settings, run, **text), folder, options["as_json"])
 
 
 def _columns(video: str | None, caption: str | None, reference: str | None) -> dict[str, str]:

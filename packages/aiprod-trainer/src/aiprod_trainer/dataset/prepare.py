@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from aiprod_core.errors import InputError
-from aiprod_pipelines.components import BUNDLED
 from aiprod_pipelines.controls import make_control
+from aiprod_pipelines.model_files import BUNDLED
 from aiprod_pipelines.progress import Progress
 from aiprod_trainer.dataset import encode
 from aiprod_trainer.dataset.clips import Settings, check_clip, clip_key, thumbnail_name

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from aiprod_pipelines.cli import explains_errors, print_table
+from aiprod_pipelines.terminal import explains_errors, print_table
 
 if TYPE_CHECKING:
     from aiprod_pipelines.pipeline import Pipeline
