@@ -74,7 +74,7 @@ class Resolved:
     passed_over: list[tuple[str, str]] = field(default_factory=list)  # way, reason
 
 
-def resolve_preset(name: str, model: str = "nano") -> Resolved:
+def resolve_preset(name: str, model: str = "nano", *, text_encoder: str | None = None) -> Resolved:
     """The first way of a preset that the model can run; reads headers only.
 
     Raises InputError for an unknown name, and where no way is left.
@@ -89,9 +89,10 @@ def resolve_preset(name: str, model: str = "nano") -> Resolved:
     passed_over = []
     for way in preset.ways:
         options = {**preset.options, **way}
-        reason = _what_is_missing(
-            options, ModelSet.open(model, prefers_distilled=_is_distilled(way))
+        models = ModelSet.open(
+            model, text_encoder=text_encoder, prefers_distilled=_is_distilled(way)
         )
+        reason = _what_is_missing(options, models)
         if reason is None:
             return Resolved(name, options, passed_over)
         passed_over.append((way_text(way), reason))

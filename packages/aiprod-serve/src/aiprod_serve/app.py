@@ -22,7 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from aiprod_core.errors import InputError
 from aiprod_pipelines.request import PerModality
-from aiprod_serve import ltx, openai, streams
+from aiprod_serve import ltx, openai, pages, streams
 from aiprod_serve.context import ERRORS, Context, Meter, Reader, Served
 from aiprod_serve.errors import ApiError, error_response
 from aiprod_serve.metrics import Metrics
@@ -56,8 +56,9 @@ def create_app(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.state.context, app.state.metrics = context, metrics
-    for part in (router, openai.router, streams.router, ltx.router):
+    for part in (router, openai.router, streams.router, ltx.router, pages.router):
         app.include_router(part)
+    app.mount("/studio", pages.studio())
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(ValidationError, _on_invalid)

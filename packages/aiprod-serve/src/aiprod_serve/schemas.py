@@ -38,10 +38,12 @@ class Strict(BaseModel):
 
 
 class FileReference(Strict):
-    """A file that was uploaded (`POST /v1/files`), or is sent along as a data: URI."""
+    """A file that was uploaded (`POST /v1/files`), one sent along as a data: URI, or a clip that
+    was made here."""
 
     file_id: str | None = Field(None, max_length=100)
     image_url: Uri | None = None
+    video_id: str | None = Field(None, pattern=r"^video_[0-9a-f]{24}$")
 
 
 class PerModalityScale(Strict):
@@ -60,7 +62,9 @@ class ImageInput(Strict):
 
 
 class ControlInput(Strict):
-    kind: Literal["canny", "depth", "pose", "detailer", "reference"]
+    kind: Literal[
+        "canny", "depth", "pose", "canny-made", "depth-made", "pose-made", "detailer", "reference"
+    ]
     file: FileInput
     strength: float = Field(1.0, ge=0, le=1)
 
@@ -82,6 +86,7 @@ class Generation(Strict):
     rescale_scale: Scale | None = None
     sampler: Name | None = None
     schedule: Name | None = None
+    step_cache: Name | None = Field(None, description="off, safe or fast: steps are forecast.")
     generate_audio: bool | None = None
     audio_prompt: Text | None = None
     images: list[ImageInput] | None = Field(None, max_length=32)
@@ -197,6 +202,68 @@ class Model(BaseModel):
 class ModelList(BaseModel):
     object: Literal["list"] = "list"
     data: list[Model]
+
+
+class Frame(BaseModel):
+    """What a clip is when nothing is said: pixels, the grid they lie on, and steps."""
+
+    width: int
+    height: int
+    grid_width: int
+    grid_height: int
+    num_inference_steps: int
+
+
+class PipelineChoice(BaseModel):
+    name: str
+    summary: str
+    takes: list[str]  # of the inputs that only some pipelines use
+    needs: list[str]
+    frame: Frame
+
+
+class PresetChoice(BaseModel):
+    name: str
+    summary: str
+    settings: dict[str, Any]  # fields of `POST /v1/videos`
+    frame: Frame
+
+
+class RequestLimits(BaseModel):
+    max_clip_s: float
+    max_pixels: int
+    max_steps: int
+    max_prompt_chars: int
+    max_upload_mb: float
+
+
+class Choices(BaseModel):
+    """What a page can offer for a model, on this server."""
+
+    model: str
+    default_pipeline: str
+    num_frames: int
+    frame_rate: float
+    grid_frames: int  # num_frames is a multiple of it, and 1
+    has_audio: bool
+    presets: list[PresetChoice]
+    pipelines: list[PipelineChoice]
+    camera_motions: list[str]
+    controls: list[str]
+    samplers: list[str]
+    schedules: list[str]
+    step_caches: list[str]
+    cfg_scale: PerModalityScale
+    limits: RequestLimits
+
+
+class Recipe(BaseModel):
+    """What a clip was made from, as its file carries it; `aiprod replay` takes the same."""
+
+    model_config = ConfigDict(extra="allow")
+
+    pipeline: str
+    request: dict[str, Any]
 
 
 class FileObject(BaseModel):

@@ -18,7 +18,7 @@ from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.pipeline import Pipeline
 from aiprod_pipelines.request import GenerationRequest, LoraFile, ModelProfile
 from aiprod_serve.errors import ApiError
-from aiprod_serve.files import Files
+from aiprod_serve.files import VIDEO, Files
 from aiprod_serve.jobs import IdempotencyError, Job, JobStore, NewJob, QueueFullError
 from aiprod_serve.schemas import FileReference, Generation, VideoCreate
 from aiprod_serve.settings import Settings
@@ -27,7 +27,7 @@ from aiprod_serve.uploads import Uploads
 # Fields of a body that are fields of GenerationRequest, as they are.
 PLAIN = (
     "negative_prompt", "seed", "num_frames", "width", "height", "frame_rate",
-    "num_inference_steps", "sampler", "schedule", "generate_audio", "audio_prompt",
+    "num_inference_steps", "sampler", "schedule", "step_cache", "generate_audio", "audio_prompt",
     "audio_start_time", "start_time", "end_time", "modality", "skip_stage_2", "enlarge",
     "enlarge_method", "crf",
 )  # fmt: skip
@@ -150,6 +150,7 @@ class Submissions:
             NewJob(
                 owner, model, name, values, "", 0.0,
                 is_streamed=body.stream,
+                remixed_from=_made_here(body.source),
                 idempotency_key=idempotency_key,
                 fingerprint=fingerprint,
             )
@@ -222,11 +223,23 @@ class Submissions:
 
     def _file(self, owner: str, reference: FileReference | str, param: str) -> str:
         if isinstance(reference, FileReference):
-            names = [reference.file_id, reference.image_url]
-            if names.count(None) != 1:
-                raise ApiError(400, f"{param} has file_id or image_url, one of them.", param=param)
+            names = [reference.file_id, reference.image_url, reference.video_id]
+            if names.count(None) != 2:
+                raise ApiError(
+                    400, f"{param} has file_id, image_url or video_id, one of them.", param=param
+                )
+            if reference.video_id is not None:
+                return self._clip(owner, reference.video_id, param)
             reference = next(name for name in names if name is not None)
         return str(self.uploads.find(owner, reference, param))
+
+    def _clip(self, owner: str, video_id: str, param: str) -> str:
+        """The file of a clip that was made here, for its maker."""
+        job = self.store.get(video_id, owner)
+        if job is None or job.status != "completed":
+            state = "no such video, or it has expired" if job is None else f"it is {job.status}"
+            raise ApiError(400, f"{param}: {state}.", code="no_such_file", param=param)
+        return str(self.files.result(job) / VIDEO)
 
     def _usual_pipeline(self, values: Mapping[str, Any], is_longer: bool) -> str:
         if "source" in values:
@@ -323,6 +336,10 @@ class Submissions:
             )
         if len(request.text) + len(request.negative_prompt or "") > 2 * limits.max_prompt_chars:
             raise InputError(f"prompts are of at most {limits.max_prompt_chars} characters.")
+
+
+def _made_here(source: FileReference | str | None) -> str | None:
+    return source.video_id if isinstance(source, FileReference) else None
 
 
 def _on_grid(side: int, step: int) -> int:
