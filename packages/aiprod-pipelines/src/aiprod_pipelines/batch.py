@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from aiprod_core.errors import InputError
+from aiprod_pipelines import analytics
 from aiprod_pipelines.catalog import find_pipeline
 from aiprod_pipelines.request import GenerationRequest
 
@@ -104,8 +105,9 @@ def made_here(pipeline: str, options: Mapping[str, Any], folder: Path) -> Make:
     def make(job: Job) -> dict[str, Any]:
         entry = {"number": job.number, "output": job.output, "digest": job.digest}
         try:
-            clip = opened.run(GenerationRequest.from_dict(job.request))
-            clip.save(folder / job.output)
+            with analytics.run("batch"):
+                clip = opened.run(GenerationRequest.from_dict(job.request))
+                clip.save(folder / job.output)
         except Exception as error:  # one clip must not end the batch; the manifest says what it was
             return {**entry, "status": "failed", "error": f"{type(error).__name__}: {error}"}
         report = clip.report(folder / job.output)

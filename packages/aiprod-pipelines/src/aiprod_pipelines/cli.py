@@ -7,6 +7,7 @@ Typer app with a name becomes a group, one without adds its commands beside `gen
 """
 
 import json
+import os
 import signal
 import sys
 from importlib.metadata import entry_points, version
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from aiprod_pipelines import commands
+from aiprod_pipelines import analytics, commands
 from aiprod_pipelines.catalog import PIPELINES
 from aiprod_pipelines.terminal import (
     JsonFlag,
@@ -57,7 +58,15 @@ def root(
     show_version: Annotated[
         bool, typer.Option("--version", help="Print the version and stop.")
     ] = False,
+    no_analytics: Annotated[
+        bool,
+        typer.Option(
+            "--no-analytics", help="Record nothing of this run; `aiprod stats` shows what is."
+        ),
+    ] = False,
 ) -> None:
+    if no_analytics:
+        os.environ["AIPROD_ANALYTICS"] = "off"  # of workers that are started too
     if show_version:
         typer.echo(f"aiprod {version('aiprod-pipelines')}")
         raise typer.Exit
@@ -369,15 +378,18 @@ def generate(
     """
     if not (stream and str(output) == "-"):
         check_output(output, pipeline)
-    opened, request = open_request(ctx, locals())
-    write_clip(
-        opened,
-        request,
-        output,
-        as_json=as_json,
-        enhancer=enhancer if enhance_prompt else None,
-        is_streamed=stream,
-    )
+    options = locals()
+    with analytics.run("generate", since_start=True):
+        with analytics.span("open model"):
+            opened, request = open_request(ctx, options)
+        write_clip(
+            opened,
+            request,
+            output,
+            as_json=as_json,
+            enhancer=enhancer if enhance_prompt else None,
+            is_streamed=stream,
+        )
 
 
 def open_request(
@@ -499,21 +511,23 @@ def write_clip(
     """Makes a clip, writes it and says so. `enhancer` first rewrites the prompt."""
     import time
 
-    from aiprod_pipelines.progress import RichProgress
-
     started = time.monotonic()
+    with analytics.span("plan"):
+        from aiprod_pipelines.plan import learn, settle
+        from aiprod_pipelines.progress import RichProgress
+
+        progress = RichProgress()
     is_piped = is_streamed and str(output) == "-"
     if not is_piped:
         check_output(output, pipeline.name)
-    progress = RichProgress()
     if enhancer is not None:
         from aiprod_pipelines.prompt_enhancer import enhance_request
 
         request = enhance_request(pipeline.models, request, enhancer, progress)
     from aiprod_core.parallel import is_first
-    from aiprod_pipelines.plan import learn, settle
 
-    request, plan = settle(pipeline, request, progress)
+    with analytics.span("plan"):
+        request, plan = settle(pipeline, request, progress)
     clip = pipeline.run(request, progress=progress)
     if not is_first():
         return  # another process writes the same clip

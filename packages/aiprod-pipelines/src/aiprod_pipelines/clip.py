@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aiprod_core.errors import InputError
 from aiprod_core.types import AV
-from aiprod_pipelines import media, stages
+from aiprod_pipelines import analytics, media, stages
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.recipe import circumstances, embed, make_recipe
@@ -57,26 +57,31 @@ class Clip:
         computed_on = circumstances(self.models.device, self.models.dtype)
         if self.models.quantization is not None:
             computed_on["quantization"] = self.models.quantization
-        return make_recipe(
-            self.pipeline,
-            self.models.name,
-            self.models.checkpoint,
-            self.request,
-            {name: latent for name, latent in latents.items() if latent is not None},
-            computed_on,
-            self.models.text_encoder_source,
-            self.models.other_parts,
-        )
+        with analytics.span("recipe"):
+            return make_recipe(
+                self.pipeline,
+                self.models.name,
+                self.models.checkpoint,
+                self.request,
+                {name: latent for name, latent in latents.items() if latent is not None},
+                computed_on,
+                self.models.text_encoder_source,
+                self.models.other_parts,
+            )
 
     def save(self, path: str | Path) -> Path:
         """Writes an MP4 that carries the recipe; a clip without picture also as WAV, FLAC or M4A.
 
         Raises InputError where it cannot be written.
         """
+        with analytics.run("write"):
+            return self._write(Path(path))
+
+    def _write(self, path: Path) -> Path:
         if self.latents.video is None:
             assert self.audio is not None
             media.write_audio(path, self.audio, metadata=embed(self.recipe))
-            return Path(path)
+            return path
         media.check_output_path(path)
         height, width = self.size
         chunks = media.enlarge(
@@ -90,7 +95,7 @@ class Clip:
             metadata=embed(self.recipe),
             crf=self.request.crf,
         )
-        return Path(path)
+        return path
 
     def stream(self) -> Iterator[bytes]:
         """Yields the clip as the segments of a fragmented MP4, each before the next is decoded."""

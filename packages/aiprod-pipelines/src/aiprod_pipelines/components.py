@@ -30,7 +30,7 @@ from aiprod_core.model.video_vae import VideoDecoder, VideoEncoder
 from aiprod_core.model.vocoder import Vocoder
 from aiprod_core.parallel import WAYS, join
 from aiprod_core.quantization.schemes import check_scheme
-from aiprod_pipelines import companions, recipe
+from aiprod_pipelines import analytics, companions, recipe
 from aiprod_pipelines.cache import Cache, open_cache, parse_size
 from aiprod_pipelines.model_files import (
     check_supported,
@@ -185,6 +185,7 @@ class ModelSet:
         if self.cache is None or network in self._given:
             return None
         found = self.cache.get(self._identity(identity))
+        analytics.count("cache_misses" if found is None else "cache_hits")
         return found and {name: tensor.to(self.device) for name, tensor in found.items()}
 
     def keep(self, identity: Mapping[str, Any], made: Mapping[str, Tensor], network: str) -> None:
@@ -299,10 +300,11 @@ class ModelSet:
     def _lend(self, name: str, load: Callable[[], Any]) -> Iterator[Any]:
         network = self._loaded.get(name)
         if network is None:
-            network = load()
-            has_kernels = self.device.type == "cpu" and onednn.is_available()
-            if has_kernels and isinstance(network, nn.Module):
-                enable_kernels(network, self.device)
+            with analytics.span("load"):
+                network = load()
+                has_kernels = self.device.type == "cpu" and onednn.is_available()
+                if has_kernels and isinstance(network, nn.Module):
+                    enable_kernels(network, self.device)
         if self._keeps(name):
             self._loaded[name] = network
         waits_in_memory = self._waits_in_memory(name)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import typer
 
 from aiprod_core.errors import InputError
+from aiprod_pipelines import analytics
 
 if TYPE_CHECKING:
     from aiprod_pipelines.pipeline import Pipeline
@@ -148,25 +149,27 @@ def _run(pipeline: "type[Pipeline]", given: dict[str, Any]) -> None:
     from aiprod_pipelines.cli import write_clip
     from aiprod_pipelines.request import GenerationRequest, PerModality
 
-    settings, halves = collect(given)
-    options = {name: settings.pop(name) for name in MODEL_OPTIONS if name in settings}
-    opened = pipeline.from_model(**options)
-    plain = GenerationRequest(
-        **settings, generate_audio=not given["no_audio"], skip_stage_2=given["skip_stage_2"]
-    )
-    # A half that is not given keeps its default.
-    profile = opened.profile(plain)
-    for name, values in halves.items():
-        default: PerModality = getattr(profile, name, plain.skip_step)
-        plain = dataclasses.replace(plain, **{name: default._replace(**values)})
-    write_clip(
-        opened,
-        plain,
-        given["output_path"],
-        as_json=given["json"],
-        enhancer=given["enhancer"] if given["enhance_prompt"] else None,
-        is_streamed=given["stream"],
-    )
+    with analytics.run("generate", since_start=True):
+        settings, halves = collect(given)
+        options = {name: settings.pop(name) for name in MODEL_OPTIONS if name in settings}
+        with analytics.span("open model"):
+            opened = pipeline.from_model(**options)
+        plain = GenerationRequest(
+            **settings, generate_audio=not given["no_audio"], skip_stage_2=given["skip_stage_2"]
+        )
+        # A half that is not given keeps its default.
+        profile = opened.profile(plain)
+        for name, values in halves.items():
+            default: PerModality = getattr(profile, name, plain.skip_step)
+            plain = dataclasses.replace(plain, **{name: default._replace(**values)})
+        write_clip(
+            opened,
+            plain,
+            given["output_path"],
+            as_json=given["json"],
+            enhancer=given["enhancer"] if given["enhance_prompt"] else None,
+            is_streamed=given["stream"],
+        )
 
 
 def collect(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -3,11 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from aiprod_core.errors import InputError
 from aiprod_core.types import AV
-from aiprod_pipelines import companions, media
+from aiprod_pipelines import analytics, companions, media
 from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.model_files import count_parameters
@@ -53,7 +54,8 @@ class Pipeline(ABC):
 
     def __call__(self, prompt: str, *, progress: Progress | None = None, **settings: Any) -> Clip:
         """Makes a clip; `settings` are the fields of GenerationRequest."""
-        return self.run(GenerationRequest(prompt=prompt, **settings), progress=progress)
+        with analytics.run("call"):
+            return self.run(GenerationRequest(prompt=prompt, **settings), progress=progress)
 
     def stream(
         self, prompt: str, *, progress: Progress | None = None, **settings: Any
@@ -110,7 +112,25 @@ class Pipeline(ABC):
         for lora in (*request.loras, *self.distillation(request)):
             companions.check_lora(checkpoint, lora)
         self.models.check_adapters([*request.loras, *self.distillation(request)])
+        analytics.note(**self._facts(request))
         return request
+
+    def _facts(self, request: GenerationRequest) -> dict[str, analytics.Fact]:
+        """What is recorded of a request: nothing that a user wrote, no path."""
+        models = self.models
+        return {
+            "pipeline": self.name,
+            "model": Path(models.name).name,
+            "device": models.device.type,
+            "dtype": str(models.dtype).removeprefix("torch."),
+            "offload": models.offload,
+            "quantization": models.quantization,
+            "width": request.width,
+            "height": request.height,
+            "num_frames": request.num_frames,
+            "steps": request.num_inference_steps,
+            "sampler": request.sampler or "euler",
+        }
 
     def refine_tile(self, request: GenerationRequest) -> str:
         """What of the picture the second stage sees at once, chosen now for the recipe's sake."""

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from aiprod_pipelines import analytics
+
 Advance = Callable[[int], None]
 
 
@@ -19,7 +21,7 @@ class Progress:
         """Runs a stage of `total` parts; the block calls what it is given with parts done."""
         started = time.monotonic()
         try:
-            with self.show(name, total) as advance:
+            with analytics.span(name), self.show(name, total) as advance:
                 yield advance
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started

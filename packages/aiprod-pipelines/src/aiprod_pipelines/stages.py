@@ -43,7 +43,7 @@ from aiprod_core.model.upsampler import upsample_latent
 from aiprod_core.parallel import in_parallel
 from aiprod_core.tiling import decode_chunks, default_tiling, encode_tiled
 from aiprod_core.types import AV, LatentState, Modality, ScaleFactors, VideoShape
-from aiprod_pipelines import media, recipe
+from aiprod_pipelines import analytics, media, recipe
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest, ImageCondition, LoraFile
@@ -430,7 +430,10 @@ def denoise(
             return way is not None
 
         def run(video: LatentState | None, audio: LatentState | None, place: Place) -> AV:
+            end_step = analytics.laps("step")
+
             def after_step(step: int, sigma: float, x: AV, denoised: AV) -> None:
+                end_step()
                 advance(1)
                 progress.preview(lambda: _latents(place(denoised), states))
 
@@ -544,6 +547,7 @@ def _computing_in(dtype: torch.dtype, transformer: Model) -> Model:
     def model(
         video: Modality | None, audio: Modality | None, perturbations: Perturbations | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
+        analytics.count("model_calls")
         return transformer(cast(video), cast(audio), perturbations)
 
     return model
@@ -583,7 +587,7 @@ def decode_video(
         while True:
             try:
                 chunks = decode_chunks(decoder, latent, tiling, generator=generator.manual_seed(0))
-                for frames in _from(done, chunks):
+                for frames in analytics.each("frames", _from(done, chunks)):
                     done += len(frames)
                     advance(len(frames))
                     yield frames

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from aiprod_core.errors import InputError
+from aiprod_pipelines import analytics
 
 STANDARD_OUTPUT = Path("-")
 
@@ -39,7 +40,7 @@ def write_stream(
     """
     started = time.monotonic() if started is None else started
     num_bytes, first_s = 0, 0.0
-    with _opened(Path(target)) as file:
+    with analytics.span("write"), _opened(Path(target)) as file:
         for segment in segments:
             file.write(segment)
             file.flush()
