@@ -108,6 +108,14 @@ def test_stage_2_starts_from_the_upsampled_latent(name, tiny_family, picture, st
     assert torch.equal(audio.latent, stage_1.audio.transpose(1, 2).flatten(2))
 
 
+def test_a_model_may_start_its_second_stage_lower(tiny_family: Path, starts):
+    pipeline = open_pipeline("distilled", tiny_family)
+    pipeline.models.profile = pipeline.models.profile.replaced({"stage_2_sigmas": [0.15, 0.07]})
+    clip = pipeline(PROMPT)
+    assert starts[1][2] == pytest.approx(0.15)
+    assert clip.request.stage_2_sigmas == (0.15, 0.07)
+
+
 @pytest.mark.parametrize(
     ("name", "keeps"), [("two-stages", True), ("two-stages-hq", True), ("distilled", False)]
 )

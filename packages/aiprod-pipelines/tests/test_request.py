@@ -36,6 +36,17 @@ def test_a_checkpoint_brings_its_own_defaults():
         LTX.replaced({"steps": 3})
 
 
+def test_a_second_stage_has_the_published_levels_unless_the_header_or_the_request_has_others():
+    assert GenerationRequest("a").resolved(LTX).stage_2_sigmas == (0.909375, 0.725, 0.421875)
+    nano = LTX.replaced({"stage_2_sigmas": [0.15, 0.07]})
+    assert GenerationRequest("a").resolved(nano).stage_2_sigmas == (0.15, 0.07)
+    own = GenerationRequest("a", stage_2_sigmas=[0.3]).resolved(nano)
+    assert GenerationRequest.from_dict(own.to_dict()).stage_2_sigmas == (0.3,)
+    for wrong in ([], [0.1, 0.2], [0.2, 0.0], [1.5], "low", [None]):
+        with pytest.raises(InputError, match="stage_2_sigmas .* try"):
+            LTX.replaced({"stage_2_sigmas": wrong})
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

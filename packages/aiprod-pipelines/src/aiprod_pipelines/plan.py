@@ -26,7 +26,6 @@ import psutil
 import torch
 
 from aiprod_core.components.patchifiers import AudioGrid, VideoGrid
-from aiprod_core.components.schedulers import STAGE_2
 from aiprod_core.errors import InputError
 from aiprod_core.footprint import Footprint, footprint
 from aiprod_core.loader import key_maps
@@ -169,7 +168,7 @@ class _Work:
         first = request.at_half_size() if has_stage_2 else request
         denoising = [("denoise", first.shape, calls, passes)]
         if has_stage_2:
-            denoising.append(("refine", request.shape, len(STAGE_2) - 1, 1))
+            denoising.append(("refine", request.shape, len(request.stage_2_sigmas or ()), 1))
         networks = [("encode prompt", self._text_bytes(), Footprint(0, 0))]
         for name, shape, count, batch in denoising:
             at_once = batch if max_batch_size is None else min(batch, max_batch_size)

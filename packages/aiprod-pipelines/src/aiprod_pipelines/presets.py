@@ -35,7 +35,7 @@ PRESETS = {
         ),
     ),
     "fast": Preset(
-        "The distilled model in full: a few seconds' work where it is there.",
+        "Few steps at full size: distilled where the model has what that needs, else 20 guided.",
         {},
         (
             {"pipeline": "distilled"},

@@ -12,11 +12,12 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from aiprod_core.components.samplers import SAMPLERS
-from aiprod_core.components.schedulers import DISTILLED, SCHEDULES
+from aiprod_core.components.schedulers import DISTILLED, SCHEDULES, STAGE_2
 from aiprod_core.components.step_cache import POLICIES
 from aiprod_core.components.windows import Window, split_into_windows
 from aiprod_core.errors import InputError
@@ -166,6 +167,7 @@ class ModelProfile:
     negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
     sampler: str = "euler"
     schedule: str = "shifted"
+    stage_2_sigmas: tuple[float, ...] = STAGE_2[:-1]
     image_crf: int = 33
     num_layers: int = 48
     has_audio: bool = True
@@ -210,6 +212,7 @@ class GenerationRequest:
     nag_alpha: float = 0.25
     sampler: str | None = None  # one of SAMPLERS
     schedule: str | None = None  # one of SCHEDULE_NAMES
+    stage_2_sigmas: tuple[float, ...] | None = None  # noise levels of a second stage, before 0
     max_batch_size: int | None = None  # guidance passes a model call; None = all
     images: tuple[ImageCondition, ...] = field(default=())
     keyframes: tuple[ImageCondition, ...] = field(default=())
@@ -303,6 +306,8 @@ class GenerationRequest:
             object.__setattr__(self, name, pair)
         if self.stg_blocks is not None:
             object.__setattr__(self, "stg_blocks", tuple(self.stg_blocks))
+        if self.stage_2_sigmas is not None:
+            object.__setattr__(self, "stage_2_sigmas", _as_levels(self.stage_2_sigmas))
         for name, kind in LISTED_FILES.items():
             files = tuple(_as_file(kind, name, value) for value in getattr(self, name))
             object.__setattr__(self, name, files)
@@ -465,6 +470,8 @@ def _from_plain(name: str, value: Any) -> Any:
             return PerModality(**value)
         if isinstance(value, int | float):
             return PerModality(value, value)
+    if name == "stage_2_sigmas":
+        return _as_levels(value)
     if name in LISTED_FILES or name in ("stg_blocks", "guidance_interval"):
         if not isinstance(value, tuple | list):
             raise InputError(f"{name} is a list; got {value!r}.")
@@ -497,6 +504,22 @@ def _as_interval(value: Any) -> tuple[float, float]:
             f"guidance_interval must rise within 0 and 1; got {low:g} to {high:g}, try 0 to 1."
         )
     return low, high
+
+
+def _as_levels(value: Any) -> tuple[float, ...]:
+    try:
+        levels = tuple(float(number) for number in value)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"stage_2_sigmas is a list of sigmas; got {value!r}, try {list(STAGE_2[:-1])}."
+        ) from None
+    is_falling = all(high > low for high, low in pairwise((*levels, 0.0)))
+    if not levels or levels[0] > 1 or not is_falling:
+        raise InputError(
+            f"stage_2_sigmas must fall from at most 1 and stay above 0; got {list(levels)}, try "
+            f"{list(STAGE_2[:-1])}."
+        )
+    return levels
 
 
 def _split_numbers(text: str, at_most: int) -> tuple[Path, list[float]]:

@@ -503,7 +503,7 @@ def refine(
         contexts,
         generator,
         progress,
-        sigmas=schedulers.table(schedulers.STAGE_2),
+        sigmas=schedulers.table((*(request.stage_2_sigmas or ()), 0.0)),
         loras=loras,
         is_guided=False,
         sampler=sampler,
