@@ -15,6 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="nano")
     parser.add_argument("--num-frames", type=int, default=97, help="of the footage")
-    parser.add_argument("--size", type=int, default=256, help="its height and width, in pixels")
-    parser.add_argument("--tile", type=int, default=128, help="height and width of tiles of space")
+    parser.add_argument("--size", type=int, default=384, help="its height and width, in pixels")
+    parser.add_argument("--tile", type=int, default=256, help="height and width of tiles of space")
     parser.add_argument("--base-frames", type=int, default=97, help="the shorter of two lengths")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--decode-only", type=int, help=argparse.SUPPRESS)
@@ -89,7 +90,7 @@ def measure_tiles(models: ModelSet, options: argparse.Namespace) -> list[dict[st
         both = chosen(f"{options.tile}x{options.tile}x{STREAMED}")
         tilings = {
             "time": chosen("auto"),
-            "space": Tiling(height=both.height, width=both.width),
+            "space": replace(both, frames=None),
             "both": both,
         }
         whole = decode(decoder, latent, Tiling())
@@ -107,7 +108,7 @@ def compare(
 ) -> dict[str, float]:
     tiled = decode(decoder, latent, tiling)
     spans = {
-        2: time_spans(tiling.frames, latent.shape[2], decoder.scale.time),
+        2: time_spans(tiling.frames, latent.shape[2], decoder.scale.time, fade=tiling.fade),
         3: spans_of(tiling.height, latent.shape[3], decoder.scale.height),
         4: spans_of(tiling.width, latent.shape[4], decoder.scale.width),
     }

@@ -117,6 +117,14 @@ def test_ramps_in_space_leave_out_zero_and_one() -> None:
     assert in_time.tolist() == pytest.approx([0, 1 / 2, 1, 1, 1])
 
 
+def test_a_shorter_fade_leaves_the_surroundings_of_cuts_to_the_other_tile() -> None:
+    whole, half = (blend_weights(split_by_size(16, 12, 8), fade=fade) for fade in (1.0, 0.5))
+    assert torch.equal(half[0][4:6], torch.ones(2)) and not half[0][10:].any()
+    assert not half[1][:2].any() and torch.equal(half[1][6:8], torch.ones(2))
+    torch.testing.assert_close(half[0][4:] + half[1][:8], torch.ones(8))
+    assert bool((half[0][6:10].diff() < whole[0][6:10].diff()).all())
+
+
 def test_weights_of_tiles_that_overlap_by_more_than_half_still_sum_to_one() -> None:
     tiles = split_by_size(17, 12, 8)
     total = torch.zeros(17)

@@ -43,7 +43,7 @@ def test_a_second_stage_has_the_published_levels_unless_the_header_or_the_reques
     own = GenerationRequest("a", stage_2_sigmas=[0.3]).resolved(nano)
     assert GenerationRequest.from_dict(own.to_dict()).stage_2_sigmas == (0.3,)
     for wrong in ([], [0.1, 0.2], [0.2, 0.0], [1.5], "low", [None]):
-        with pytest.raises(InputError, match="stage_2_sigmas .* try"):
+        with pytest.raises(InputError, match=r"stage_2_sigmas .* try"):
             LTX.replaced({"stage_2_sigmas": wrong})
 
 

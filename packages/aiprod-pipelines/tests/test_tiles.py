@@ -9,8 +9,9 @@ from aiprod_core.errors import InputError
 from aiprod_core.model.video_vae import VideoDecoder, VideoVAEConfig
 from aiprod_core.tiling import BySize, Tiling, decode_chunks, intervals
 from aiprod_core.types import ScaleFactors
+from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.request import GenerationRequest
-from aiprod_pipelines.tiles import choose_tiling, decode_bytes, free_memory
+from aiprod_pipelines.tiles import choose_tiling, decode_bytes, decoder_spread, free_memory
 
 LTX = VideoVAEConfig.from_metadata(
     {
@@ -29,7 +30,7 @@ def choose(spec: str, size=(121, 1024, 1536), free: float = 1e15, **options) -> 
 
 
 def test_with_memory_to_spare_only_time_is_tiled():
-    assert choose("auto") == Tiling(frames=BySize(80, 24))
+    assert choose("auto") == Tiling(frames=BySize(80, 24), fade=0.5)
     assert choose("auto", (10_001, 1024, 1536)) == choose("auto")
 
 
@@ -39,8 +40,54 @@ def test_streaming_cuts_time_shorter_for_an_early_first_frame():
 
 def test_off_is_the_whole_clip_and_a_size_is_taken_as_given():
     assert choose("off") == Tiling()
-    assert choose("512x256x64") == Tiling(BySize(64, 24), BySize(256, 64), BySize(512, 64))
-    assert choose("64x64x16") == Tiling(BySize(16, 8), BySize(64, 32), BySize(64, 32))
+    chosen = choose("768x256x64")
+    assert (chosen.frames, chosen.height) == (BySize(64, 24), BySize(256, 64))
+    assert chosen.width == BySize(768, 128)  # as far as this decoder sees: four latents
+    small = choose("64x64x16")
+    assert (small.frames, small.height, small.width) == (
+        BySize(16, 8), BySize(64, 32), BySize(64, 32)
+    )  # fmt: skip
+
+
+def test_a_decoder_with_more_convolutions_sees_further_and_plain_means_spread_as_foretold():
+    blocks = [["res_x", {"num_layers": 2}], ["compress_all", {}], ["res_x", {"num_layers": 1}]]
+    config = VideoVAEConfig.from_metadata(
+        {"encoder_blocks": [], "decoder_blocks": blocks, "patch_size": 2}
+    )
+    # Steps of a whole latent: the first, two of the last block's, the one that doubles; of half a
+    # latent: four of the first block's, and the last.
+    kernel = torch.ones(3) / 3
+    wave = torch.zeros(1, 1, 64).index_fill(2, torch.tensor(32), 1.0)
+    for step in (2, 2, 2, 2, 1, 1, 1, 1, 1):  # in half latents
+        wave = torch.nn.functional.conv1d(wave, kernel[None, None], dilation=step, padding=step)
+    offsets = (torch.arange(64) - 32) / 2
+    deviation = float((wave[0, 0] * offsets.square()).sum().sqrt())
+    assert decoder_spread(config) == pytest.approx((deviation,) * 3, rel=1e-4)
+    assert decoder_spread(LTX) < decoder_spread(config)
+
+
+@torch.inference_mode()
+def test_nanos_tiles_decode_within_45_db_of_the_whole():
+    """In width at the smallest tile that is chosen by itself, and in time as streams are cut."""
+    models = ModelSet.open("nano", device="cpu")
+    for size, spec in (((5, 64, 448), "256x64x80"), ((49, 64, 64), "64x64x24")):
+        frames, _, width = size
+        t, y, x = (g.float() for g in torch.meshgrid(*map(torch.arange, size), indexing="ij"))
+        ball = ((x - 20 - (width - 40) * t / frames) ** 2 + (y - 30) ** 2 < 200).float()
+        red, grey = 0.2 + 0.6 * ball, 0.3 + 0.3 * x / width - 0.2 * ball
+        pixels = (torch.stack([red, grey, grey])[None] * 2 - 1).to(models.dtype)
+        with models.video_encoder() as encoder, models.video_decoder() as decoder:
+            latent = encoder(pixels)
+            tiling = choose_tiling(
+                spec, decoder.config, decoder.scale, size, element_bytes=4, free_bytes=0
+            )
+            whole, tiled = (
+                torch.cat(list(decode_chunks(decoder, latent, tiles)), dim=2).clamp(-1, 1)
+                for tiles in (Tiling(), tiling)
+            )
+        error = (whole - tiled).square().mean()
+        assert error > 0
+        assert 10 * torch.log10(4 / error) >= 45
 
 
 @given(

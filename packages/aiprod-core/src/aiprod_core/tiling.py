@@ -56,11 +56,16 @@ AxisTiling = BySize | ByCount | None
 
 @dataclass(frozen=True)
 class Tiling:
-    """How each axis is split; None leaves an axis whole."""
+    """How each axis is split; None leaves an axis whole.
+
+    Neighbours fade into each other over `fade` of what they share, in its middle: next to a cut a
+    tile knows too little of its surroundings. The published decoders fade over all of it.
+    """
 
     frames: AxisTiling = None
     height: AxisTiling = None
     width: AxisTiling = None
+    fade: float = 1.0
 
 
 class Span(NamedTuple):
@@ -105,9 +110,9 @@ def decode_chunks(
     # A tile one latent wide cannot be padded by reflection.
     smallest = 2 if decoder.config.decoder_padding_mode == "reflect" else 1
     device = latent.device
-    times = time_spans(tiling.frames, num_latents, decoder.scale.time, device)
+    times = time_spans(tiling.frames, num_latents, decoder.scale.time, device, fade=tiling.fade)
     rows, columns = (
-        space_spans(axis, length, factor, smallest, device)
+        space_spans(axis, length, factor, smallest, device, fade=tiling.fade)
         for axis, length, factor in zip(
             (tiling.height, tiling.width), size, decoder.scale[1:], strict=True
         )
@@ -196,6 +201,7 @@ def space_spans(
     device: torch.device | str = "cpu",
     *,
     of_latents: bool = False,
+    fade: float = 1.0,
 ) -> list[Span]:
     """Tiles of height or width: `length` latents of `factor` pixels, none under `smallest` latents.
 
@@ -203,7 +209,7 @@ def space_spans(
     """
     latents = intervals(tiling, length, factor, smallest)
     pixels = [Interval(*(factor * number for number in interval)) for interval in latents]
-    weights = blend_weights(latents if of_latents else pixels, device=device)
+    weights = blend_weights(latents if of_latents else pixels, fade=fade, device=device)
     return [
         Span(slice(a.start, a.end), slice(b.start, b.end), w)
         for a, b, w in zip(latents, pixels, weights, strict=True)
@@ -217,6 +223,7 @@ def time_spans(
     device: torch.device | str = "cpu",
     *,
     of_latents: bool = False,
+    fade: float = 1.0,
 ) -> list[Span]:
     """Tiles of time on the causal grid.
 
@@ -225,7 +232,9 @@ def time_spans(
     """
     latents = start_earlier(intervals(tiling, length, factor))
     pixels = [to_frames_interval(interval, factor) for interval in latents]
-    weights = blend_weights(latents if of_latents else pixels, from_zero=True, device=device)
+    weights = blend_weights(
+        latents if of_latents else pixels, from_zero=True, fade=fade, device=device
+    )
     return [
         Span(slice(a.start, a.end), slice(b.start, b.end), w)
         for a, b, w in zip(latents, pixels, weights, strict=True)
@@ -313,7 +322,11 @@ def trapezoid(
 
 
 def blend_weights(
-    tiles: Iterable[Interval], *, from_zero: bool = False, device: torch.device | str = "cpu"
+    tiles: Iterable[Interval],
+    *,
+    from_zero: bool = False,
+    fade: float = 1.0,  # share of a ramp, in its middle, over which the weight rises
+    device: torch.device | str = "cpu",
 ) -> list[Tensor]:
     """Each tile's weights, float32, scaled so that they sum to one at every position."""
     tiles = list(tiles)
@@ -321,7 +334,16 @@ def blend_weights(
         trapezoid(t.end - t.start, t.left_ramp, t.right_ramp, from_zero=from_zero, device=device)
         for t in tiles
     ]
-    total = torch.zeros(tiles[-1].end, device=device)
+    weights = _summing_to_one(tiles, masks)
+    if fade == 1:
+        return weights
+    # Weights of two neighbours are as far from a half as each other, so they stay complements.
+    steeper = [((weight - 0.5) / fade + 0.5).clamp(0, 1) for weight in weights]
+    return _summing_to_one(tiles, steeper)
+
+
+def _summing_to_one(tiles: list[Interval], masks: list[Tensor]) -> list[Tensor]:
+    total = torch.zeros(tiles[-1].end, device=masks[0].device)
     for tile, mask in zip(tiles, masks, strict=True):
         total[tile.start : tile.end] += mask
     return [mask / total[tile.start : tile.end] for tile, mask in zip(tiles, masks, strict=True)]
