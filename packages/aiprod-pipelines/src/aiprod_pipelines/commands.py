@@ -373,3 +373,64 @@ def batch(
         typer.echo(f"{folder}: {len(entries) - len(failed)} clips, {len(failed)} failed")
     if failed:
         raise typer.Exit(1)
+
+
+@app.command()
+@explains_errors
+def stats(
+    run: Annotated[
+        str | None, typer.Argument(help="The run to look into, by the first digits of its id.")
+    ] = None,
+    last: Annotated[int, typer.Option(help="How many runs are listed.", min=1)] = 10,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write a page: the timeline of a run (default: the last), and trends."),
+    ] = None,
+    prometheus: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.prom", help="Write sums over all runs for node_exporter's textfiles."
+        ),
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show where time, memory and energy went in the runs that were recorded here.
+
+    [dim]aiprod stats[/dim]
+    [dim]aiprod stats 3fa9 --html runs.html[/dim]
+    """
+    from aiprod_pipelines.analytics import analytics_folder
+    from aiprod_pipelines.stats import find_run, read_runs, write_prometheus
+    from aiprod_pipelines.stats_page import about, run_row, write_page
+
+    runs = read_runs()
+    written: list[Path] = []
+    if html is not None:
+        write_page(html, runs, find_run(runs, run))
+        written.append(html)
+    if prometheus is not None:
+        write_prometheus(prometheus)
+        written.append(prometheus)
+    if as_json:
+        listed = [find_run(runs, run)] if run is not None else runs[-last:]
+        folder = analytics_folder()
+        report = {"folder": None if folder is None else str(folder), "num_runs": len(runs)}
+        typer.echo(json.dumps(report | {"runs": [one.to_dict() for one in listed]}))
+        return
+    if written:
+        typer.echo("\n".join(str(path) for path in written))
+        return
+    if run is not None:
+        chosen = find_run(runs, run)
+        typer.echo(about(chosen))
+        rows = [
+            (name, f"{seconds:.3f} s", f"{seconds / chosen.seconds:.1%}" if chosen.seconds else "-")
+            for name, seconds in chosen.stages.items()
+        ]
+        print_table(("stage", "time", "share"), rows)
+        return
+    find_run(runs, None)  # says so where there is none
+    columns = ("id", "started", "what", "model", "size", "seconds", "calls", "peak", "energy",
+               "status")  # fmt: skip
+    table = [tuple(run_row(one)[name] for name in columns) for one in runs[-last:]]
+    print_table(("run", *columns[1:]), table)
