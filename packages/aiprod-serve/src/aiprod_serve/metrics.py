@@ -1,4 +1,4 @@
-"""What Prometheus reads: requests of this process, and jobs as the store counts them."""
+"""What Prometheus reads: requests of this process, jobs as stored, runs as workers recorded them."""
 
 import time
 from collections.abc import Iterator
@@ -9,6 +9,7 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from aiprod_pipelines.stats import RunCollector
 from aiprod_serve.jobs import JobStore
 
 WORKER_SILENCE_S = 15.0
@@ -33,6 +34,7 @@ class Metrics:
             registry=self.registry,
         )
         self.registry.register(_Jobs(store))
+        self.registry.register(RunCollector())  # pyright: ignore[reportArgumentType]
 
     def render(self) -> tuple[bytes, str]:
         return generate_latest(self.registry), CONTENT_TYPE_LATEST

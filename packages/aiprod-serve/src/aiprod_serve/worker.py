@@ -29,7 +29,7 @@ from sqlalchemy.exc import DBAPIError
 
 from aiprod_core.errors import InputError, is_out_of_memory
 from aiprod_core.types import AV
-from aiprod_pipelines import media
+from aiprod_pipelines import analytics, media
 from aiprod_pipelines.catalog import find_pipeline
 from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.components import ModelSet
@@ -152,7 +152,8 @@ class Worker:
         # Nothing of a prompt is logged.
         logger.info("%s: %s with %s", job.id, job.pipeline, job.model)
         try:
-            self._make(job)
+            with analytics.run("serve"):
+                self._make(job)
         except InterruptedJobError:
             self.files.discard_work(job)
             if self.store.acknowledge_cancel(job):  # else it is lost, and so is not ours to clear
