@@ -1,4 +1,4 @@
-"""What Prometheus reads: requests of this process, jobs as stored, runs as workers recorded them."""
+"""What Prometheus reads: requests of this process, jobs as stored, runs as workers record them."""
 
 import time
 from collections.abc import Iterator
