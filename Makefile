@@ -18,7 +18,7 @@ demo: $(VENV)/run.stamp ## make a clip with sound from a sentence, with the buil
 test: $(VENV)/test.stamp ## run every default test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-serve: $(VENV)/test.stamp ## run the server's tests in full: 5,000 requests, 2,000 bad uploads
+test-serve: $(VENV)/ray.stamp ## run the server's tests in full: 5,000 requests, 2,000 bad uploads, Ray
 	AIPROD_FUZZ_REQUESTS=5000 AIPROD_FUZZ_UPLOADS=2000 OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest packages/aiprod-serve -n 2 --dist loadfile -m "not gpu"
 
@@ -46,6 +46,10 @@ $(VENV)/run.stamp: $(VENV)/torch.stamp $(foreach package,$(PACKAGES),packages/$(
 
 $(VENV)/test.stamp: $(VENV)/run.stamp requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements-dev.txt
+	touch $@
+
+$(VENV)/ray.stamp: $(VENV)/test.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e "packages/aiprod-serve[ray]"
 	touch $@
 
 footage: $(VENV)/torch.stamp ## fetch three real clips to try `aiprod dataset` with (docs/dataset.md)

@@ -11,6 +11,7 @@ worker was making is made again by another, and none is there twice.
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -134,19 +135,22 @@ def over_ray(
     times. The folder must be one that all nodes share. Raises InputError without Ray.
     """
     try:
-        import ray
-        from ray.exceptions import RayActorError
+        import ray  # pyright: ignore[reportMissingImports]
+        from ray.exceptions import RayActorError  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise InputError(
             'a batch over a cluster needs Ray: pip install "aiprod-pipelines[ray]"'
         ) from None
     find_pipeline(pipeline).from_model(**options)  # what is wrong with the model is said here
     if not ray.is_initialized():
+        if address == "local":
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it reports to Ray's makers
         ray.init(
-            None if address == "local" else address,
+            address,
             num_cpus=workers if address == "local" else None,
             include_dashboard=False,
             log_to_driver=False,
+            logging_level=logging.WARNING,
         )
     count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
     gpus = 1 if ray.cluster_resources().get("GPU") else 0

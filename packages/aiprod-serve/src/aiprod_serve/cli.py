@@ -72,6 +72,17 @@ def serve(
         list[str] | None,
         typer.Option(help="A worker for each; default: every GPU, or else the CPU. Repeat."),
     ] = None,
+    ray: Annotated[
+        bool,
+        typer.Option(
+            "--ray",
+            help="Workers are replicas on a Ray cluster: the one that RAY_ADDRESS names, else one "
+            "on this machine.",
+        ),
+    ] = False,
+    replicas: Annotated[
+        str, typer.Option(metavar="MIN[:MAX]", help="With --ray: how many, as the queue grows.")
+    ] = "1",
     dtype: Annotated[str | None, typer.Option(help="As for `generate`.")] = None,
     text_encoder: Annotated[str | None, typer.Option(help="As for `generate`.")] = None,
     pipeline: Annotated[str, typer.Option(help="Of requests that name none.")] = "one-stage",
@@ -101,11 +112,13 @@ def serve(
     from aiprod_serve.settings import Settings
     from aiprod_serve.supervisor import Supervisor
 
+    devices = tuple(device or _all_devices())
+    bounds = _parse_bounds(replicas)
     settings = Settings(
         data_dir=data_dir.resolve(),
         models=_check_models(model or ["nano"], text_encoder, pipeline),
         pipeline=pipeline,
-        devices=tuple(device or _all_devices()),
+        devices=() if ray else devices,
         dtype=dtype,
         text_encoder=_absolute(text_encoder) if text_encoder else None,
         host=host,
@@ -121,9 +134,15 @@ def serve(
         keep_gb=keep_gb,
     )
     supervisor = Supervisor(settings)
+    if ray:
+        from aiprod_serve.ray_app import Replicas
+
+        store, port = supervisor.store, supervisor.port
+        supervisor.replicas = Replicas(settings, store, port, bounds, devices[0])
     shown = f"[{host}]" if ":" in host else host
-    names, devices = ", ".join(settings.models), ", ".join(settings.devices)
-    typer.echo(f"http://{shown}:{supervisor.port}: {names} on {devices}; Ctrl-C stops", err=True)
+    names = ", ".join(settings.models)
+    where = f"{replicas} replicas" if ray else ", ".join(devices)
+    typer.echo(f"http://{shown}:{supervisor.port}: {names} on {where}; Ctrl-C stops", err=True)
     supervisor.run()
 
 
@@ -333,6 +352,20 @@ def _check_models(given: list[str], text_encoder: str | None, pipeline: str) -> 
         models[name] = _absolute(model)
         find_pipeline(pipeline).from_model(models[name], text_encoder=text_encoder, device="cpu")
     return models
+
+
+def _parse_bounds(text: str) -> tuple[int, int]:
+    """MIN[:MAX] replicas. Raises InputError."""
+    from aiprod_core.errors import InputError
+
+    try:
+        numbers = [int(number) for number in text.split(":")]
+        low, high = numbers if len(numbers) == 2 else numbers * 2
+    except ValueError:
+        low = high = 0
+    if not 1 <= low <= high:
+        raise InputError(f"replicas must be MIN or MIN:MAX, at least 1; got {text}, try 1:4.")
+    return low, high
 
 
 def _absolute(model: str) -> str:

@@ -384,6 +384,24 @@ class JobStore:
             connection.execute(workers.delete().where(workers.c.name == name))
             self._requeue(connection, [jobs.c.worker == name], is_crash=True)
 
+    def release_workers(self, prefix: str) -> None:
+        """Puts back what all workers whose names begin so hold: they are asked to stop."""
+        with self.database.writing() as connection:
+            is_one = workers.c.name.startswith(prefix, autoescape=True)
+            connection.execute(workers.delete().where(is_one))
+            held = [jobs.c.worker.startswith(prefix, autoescape=True)]
+            self._requeue(connection, held, is_crash=False)
+
+    def num_open(self, models: Sequence[str], prefix: str) -> int:
+        """Jobs of the models that wait, and those that workers whose names begin so are making."""
+        is_theirs = jobs.c.worker.startswith(prefix, autoescape=True)
+        query = sa.select(sa.func.count()).where(
+            jobs.c.model.in_(models),
+            sa.or_(jobs.c.status == "queued", sa.and_(jobs.c.status == "in_progress", is_theirs)),
+        )
+        with self.database.reading() as connection:
+            return connection.scalar(query) or 0
+
     def requeue_expired(self) -> None:
         """Takes back jobs whose worker has not been heard of for the length of its lease."""
         with self.database.writing() as connection:

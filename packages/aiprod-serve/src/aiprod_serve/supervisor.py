@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import httpx
 from sqlalchemy.exc import DBAPIError
@@ -25,6 +26,9 @@ from aiprod_serve.files import Files
 from aiprod_serve.jobs import JobStore
 from aiprod_serve.security import list_keys
 from aiprod_serve.settings import VARIABLE, Settings
+
+if TYPE_CHECKING:
+    from aiprod_serve.ray_app import Replicas
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +73,7 @@ class Supervisor:
         self.socket = _listen(settings)
         self.stopping = threading.Event()
         self.children = [self._web(), *(self._worker(i) for i in range(len(settings.devices)))]
+        self.replicas: Replicas | None = None  # workers on a cluster, set by who deploys them
 
     @property
     def port(self) -> int:
@@ -88,6 +93,8 @@ class Supervisor:
             while not self.stopping.is_set():
                 for child in self.children:
                     self._tend(child)
+                if self.replicas is not None:
+                    self.replicas.tend()
                 self.stopping.wait(WATCH_S)
         finally:
             self._stop_all()
@@ -135,6 +142,8 @@ class Supervisor:
         running = [child.process for child in self.children if child.process is not None]
         for process in running:
             process.terminate()
+        if self.replicas is not None:
+            self.replicas.stop()
         deadline = time.monotonic() + STOP_S
         for process in running:
             try:

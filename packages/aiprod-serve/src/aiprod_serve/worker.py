@@ -130,19 +130,29 @@ class Worker:
 
     def run(self, *, until: Callable[[], bool] = lambda: False) -> None:
         """Works until stopped, by `stop` or by `until` when there is nothing to do."""
-        self.store.register_worker(self.name, self.device)
-        threading.Thread(target=self._beat, daemon=True).start()
+        self.register()
         try:
             while not self._stopped.is_set():
-                job = self._claim()
-                if job is not None:
-                    self.work_on(job)
-                elif until():
+                if self.make_next():
+                    continue
+                if until():
                     return
-                else:
-                    self._stopped.wait(IDLE_POLL_S)
+                self._stopped.wait(IDLE_POLL_S)
         finally:
             self._stopped.set()
+
+    def register(self) -> None:
+        """Announces the worker; from now on it is heard of, and so is the job that it makes."""
+        self.store.register_worker(self.name, self.device)
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def make_next(self) -> bool:
+        """Makes the oldest job that waits; False if there is none."""
+        job = self._claim()
+        if job is None:
+            return False
+        self.work_on(job)
+        return True
 
     def stop(self) -> None:
         self._stopped.set()

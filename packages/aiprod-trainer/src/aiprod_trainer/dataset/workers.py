@@ -110,8 +110,8 @@ def _start_worker(parent: int, threads: int) -> None:
 
 def _on_ray(function: Function, tasks: Sequence[Task], workers: Workers) -> Iterator:
     try:
-        import ray
-        import ray.data
+        import ray  # pyright: ignore[reportMissingImports]
+        import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise InputError("--ray needs Ray: pip install 'aiprod-trainer[ray]'.") from None
     try:
