@@ -4,7 +4,12 @@ The model is that of the pipelines' tests, made by their own code.
 """
 
 import importlib.util
+import os
+import pwd
+import shutil
 import socket
+import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -123,3 +128,31 @@ def server(settings: Settings, worker: Worker, client: TestClient) -> Iterator[s
     yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     running.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="session")
+def postgresql_url() -> Iterator[str]:
+    """A PostgreSQL of these tests alone, on a socket in a folder of its own."""
+    pytest.importorskip("psycopg", reason="needs psycopg")
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))  # where Debian keeps them
+    initdb = shutil.which("initdb") or (str(installed[-1]) if installed else None)
+    if initdb is None:
+        pytest.skip("needs PostgreSQL (initdb)")
+    with tempfile.TemporaryDirectory() as name:
+        folder, user = Path(name), None
+        if os.geteuid() == 0:  # PostgreSQL does not run as root
+            user = "postgres"
+            try:
+                os.chown(folder, pwd.getpwnam(user).pw_uid, -1)
+            except KeyError:
+                pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+        run = {"check": True, "user": user, "cwd": folder, "stdout": subprocess.DEVNULL}
+        data = str(folder / "data")
+        subprocess.run([initdb, "-D", data, "-U", "test", "-A", "trust", "--no-sync"], **run)
+        control = [str(Path(initdb).with_name("pg_ctl")), "-D", data, "-w"]
+        listen = f"-c listen_addresses='' -c unix_socket_directories={folder} -c fsync=off"
+        subprocess.run([*control, "-o", listen, "-l", str(folder / "log"), "start"], **run)
+        try:
+            yield f"postgresql+psycopg://test@/postgres?host={folder}"
+        finally:
+            subprocess.run([*control, "-m", "immediate", "stop"], **run)

@@ -2,12 +2,12 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from aiprod_serve.database import Database
+from aiprod_serve.database import Database, metadata
 from aiprod_serve.jobs import (
     MAX_CRASHES,
     IdempotencyError,
@@ -21,9 +21,20 @@ from aiprod_serve.jobs import (
 New = Callable[..., NewJob]
 
 
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+    if request.param == "sqlite":
+        yield Database(f"sqlite:///{tmp_path / 'jobs.sqlite3'}")
+        return
+    made = Database(request.getfixturevalue("postgresql_url"))
+    yield made
+    metadata.drop_all(made.engine)
+    made.engine.dispose()
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> JobStore:
-    made = JobStore(Database(f"sqlite:///{tmp_path / 'jobs.sqlite3'}"), keep_s=100, max_queue=500)
+def store(database: Database) -> JobStore:
+    made = JobStore(database, keep_s=100, max_queue=500)
     made.create_tables()
     return made
 
@@ -83,8 +94,8 @@ def test_clients_that_race_with_one_idempotency_key_make_one_job(store: JobStore
     assert is_new and other.id not in made
 
 
-def test_the_queue_is_bounded_and_running_jobs_do_not_count(tmp_path: Path, new_job: New):
-    store = JobStore(Database(f"sqlite:///{tmp_path / 'j.sqlite3'}"), keep_s=1, max_queue=2)
+def test_the_queue_is_bounded_and_running_jobs_do_not_count(database: Database, new_job: New):
+    store = JobStore(database, keep_s=1, max_queue=2)
     store.create_tables()
     store.submit(new_job())
     store.submit(new_job())
@@ -170,8 +181,7 @@ def test_a_cancelled_job_whose_worker_dies_is_not_begun_again(store: JobStore, n
     assert job is not None and job.status == "cancelled"
 
 
-def test_results_expire_by_age_and_the_oldest_by_total_size(tmp_path: Path, new_job: New):
-    database = Database(f"sqlite:///{tmp_path / 'j.sqlite3'}")
+def test_results_expire_by_age_and_the_oldest_by_total_size(database: Database, new_job: New):
     old = JobStore(database, keep_s=-1, max_queue=10)
     store = JobStore(database, keep_s=100, max_queue=10)
     store.create_tables()
@@ -202,3 +212,18 @@ def test_counters_outlive_the_rows(store: JobStore, new_job: New):
     assert numbers["jobs"]["completed"] == 0
     sums = numbers["counters"]
     assert (sums["submitted"], sums["completed"], sums["generation_seconds"]) == (1, 1, 2.5)
+
+
+def test_of_all_workers_of_one_server_the_open_jobs_are_counted_and_given_back(
+    store: JobStore, new_job: New
+):
+    for _ in range(4):
+        store.submit(new_job())
+    store.submit(new_job(model="other"))
+    mine, other, like = claim(store, "host/1/a"), claim(store, "host/2/a"), claim(store, "host_1/")
+    assert store.num_open(["tiny"], "host/1/") == 2  # one waits, one is made here
+    store.release_workers("host/1/")
+    standings = [beat(store, job) for job in (mine, other, like)]
+    assert standings == [Standing.LOST, Standing.KEPT, Standing.KEPT]
+    again = store.get(mine.id)
+    assert again is not None and (again.status, again.crashes) == ("queued", 0)
