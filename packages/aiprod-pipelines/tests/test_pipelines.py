@@ -90,21 +90,21 @@ def test_stage_2_starts_from_the_upsampled_latent(name, tiny_family, picture, st
     upsampled = []
     original = stages.upsample
 
-    def spy(*args):
-        upsampled.append((args[2], original(*args)))
-        return upsampled[-1][1]
+    def spy(models, request, windows, progress):
+        for made in windows:
+            upsampled.append((made.clip, next(original(models, request, [made], progress))))
+            yield upsampled[-1][1]
 
     monkeypatch.setattr(stages, "upsample", spy)
     steps = 1 if name == "two-stages-hq" else None
     keyframes = [(picture, 0), (picture, 8, 0.5)] if name == "keyframes" else []
     open_pipeline(name, tiny_family)(PROMPT, keyframes=keyframes, num_inference_steps=steps)
     (_, _, scale_1), (video, audio, scale_2) = starts
-    ((stage_1, latents),) = upsampled
+    ((stage_1, tokens),) = upsampled
     assert (scale_1, scale_2) == (pytest.approx(1.0), pytest.approx(0.909375))
     assert stage_1.video.shape == (1, 8, 3, 4, 6)  # half of the doubled default size
-    assert latents.video.shape == (1, 8, 3, 8, 12)
-    tokens = latents.video.flatten(2).mT
-    assert torch.equal(video.latent[:, : tokens.shape[1]], tokens)
+    assert tokens.video.shape == (1, 3 * 8 * 12, 8)
+    assert torch.equal(video.latent[:, : 3 * 8 * 12], tokens.video)
     assert torch.equal(audio.latent, stage_1.audio.transpose(1, 2).flatten(2))
 
 

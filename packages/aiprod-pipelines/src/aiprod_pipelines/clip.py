@@ -30,6 +30,21 @@ class Clip:
     latents: AV
     progress: Progress = field(default_factory=Progress)
     soundtrack: media.Audio | None = None  # a given sound, which stands for the latents' own
+    _to_come: Iterator[stages.Latents] = field(default_factory=lambda: iter(()), repr=False)
+    _final: dict[str, int] | None = None  # latent frames that stay as they are; None = all
+    _at_once: int | None = None  # latent frames that a stream decodes together
+
+    def expect(self, windows: Iterator[stages.Latents], final: dict[str, int]) -> None:
+        """Says that of these latents only `final` are made, and the others will come."""
+        self._to_come, self._final = windows, final
+        if len(self.request.windows(self.models.profile.scale.time)) > 1:
+            self._at_once = final.get("video")
+
+    def finish(self) -> None:
+        """Makes what is still to come."""
+        for made in self._to_come:
+            self.latents = made.clip
+        self._final = None
 
     def frames(self, *, is_streamed: bool = False) -> Iterator[Tensor]:
         """Chunks (frames, height, width, 3) of uint8, in order, at the model's own size."""

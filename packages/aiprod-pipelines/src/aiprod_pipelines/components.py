@@ -143,6 +143,11 @@ class ModelSet:
             parallel=parallel,
         )
 
+    @property
+    def stays_loaded(self) -> bool:
+        """Whether networks wait where they work, so that a loan costs nothing."""
+        return self.keeps_loaded and self.offload in ("none", "auto") and self.parallel == "none"
+
     def free_memory(self) -> int:
         """Bytes that a run can still take on the device, within `max_memory`."""
         return free_memory(self.device, self.max_memory)

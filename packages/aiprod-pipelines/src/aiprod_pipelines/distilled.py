@@ -10,14 +10,16 @@ A model that is not distilled works with its distilled LoRA. The x2 upsampler li
 without one, `skip_stage_2` makes the clip at full size in the 8 steps alone.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from aiprod_pipelines import stages
-from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.flags import main
 from aiprod_pipelines.pipeline import Pipeline
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest
+from aiprod_pipelines.stages import Latents
 
 
 class DistilledPipeline(Pipeline):
@@ -28,10 +30,9 @@ class DistilledPipeline(Pipeline):
     is_distilled = True
 
     @torch.inference_mode()
-    def run(self, request: GenerationRequest, *, progress: Progress | None = None) -> Clip:
-        models, progress = self.models, progress or Progress()
-        request = self.resolve(request)
-        generator = torch.Generator().manual_seed(request.seed)
+    def make(self, request: GenerationRequest, progress: Progress) -> Iterator[Latents]:
+        models = self.models
+        generators = stages.window_generators(models, request)
         loras = [*request.loras, *self.distillation(request)]
         contexts = stages.encode_prompts(models, request, progress)
         given_audio = stages.encode_given_audio(models, request, progress)
@@ -41,17 +42,18 @@ class DistilledPipeline(Pipeline):
         images = stages.encode_images(models, small, small.images, progress)
         states = stages.initial_states(models, small, given_audio=given_audio)
         states = stages.add_images(states, images)
-        latents = stages.denoise(models, small, states, contexts, generator, progress, loras=loras)
+        stage_1 = stages.denoise(models, small, states, contexts, generators, progress, loras=loras)
         if not self.uses_stage_2(request):
-            return self.clip(request, latents, progress)
+            return stage_1
 
         # Stage 2, at full size, from the upsampled picture and the sound so far.
-        upsampled = stages.upsample(models, request, latents, progress)
         images = stages.encode_images(models, request, request.images, progress)
-        states = stages.initial_states(models, request, upsampled, given_audio=given_audio)
+        states = stages.initial_states(models, request, given_audio=given_audio)
         states = stages.add_images(states, images)
-        latents = stages.refine(models, request, states, contexts, generator, progress, loras=loras)
-        return self.clip(request, latents, progress)
+        starts = stages.upsample(models, request, stage_1, progress)
+        return stages.refine(
+            models, request, states, starts, contexts, generators, progress, loras=loras
+        )
 
 
 if __name__ == "__main__":

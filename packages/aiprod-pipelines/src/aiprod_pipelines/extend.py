@@ -10,6 +10,7 @@ clip.save("longer.mp4")
 source is kept latent by latent. Its last frames that fill no latent are made anew.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -18,11 +19,11 @@ from aiprod_core.components import conditioning
 from aiprod_core.errors import InputError
 from aiprod_core.types import AV
 from aiprod_pipelines import stages
-from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.flags import main
 from aiprod_pipelines.pipeline import Pipeline, distilled_profile
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest, ModelProfile
+from aiprod_pipelines.stages import Latents
 
 
 class ExtendPipeline(Pipeline):
@@ -33,19 +34,17 @@ class ExtendPipeline(Pipeline):
     needs = frozenset({"source"})
 
     @torch.inference_mode()
-    def run(self, request: GenerationRequest, *, progress: Progress | None = None) -> Clip:
-        models, progress = self.models, progress or Progress()
-        request = self.resolve(request)
-        generator = torch.Generator().manual_seed(request.seed)
+    def make(self, request: GenerationRequest, progress: Progress) -> Iterator[Latents]:
+        models = self.models
+        generators = stages.window_generators(models, request)
         contexts = stages.encode_prompts(models, request, progress)
 
         source = stages.encode_source(models, request, progress)
         states = stages.initial_states(models, request)
         states = keep_beginning(states, source)
-        latents = stages.denoise(
-            models, request, states, contexts, generator, progress, loras=request.loras
+        return stages.denoise(
+            models, request, states, contexts, generators, progress, loras=request.loras
         )
-        return self.clip(request, latents, progress)
 
     def profile(self, request: GenerationRequest) -> ModelProfile:
         profile = super().profile(request)

@@ -11,6 +11,7 @@ then replaces those found. A reference that is longer than the clip is cut; a sh
 beginning; its frames are scaled to cover the picture, and cropped.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,6 @@ from torch import Tensor
 from aiprod_core.components import conditioning
 from aiprod_core.errors import InputError
 from aiprod_pipelines import companions, media, stages
-from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.controls import make_control
 from aiprod_pipelines.flags import main
 from aiprod_pipelines.pipeline import Pipeline
@@ -31,6 +31,7 @@ from aiprod_pipelines.request import (
     GenerationRequest,
     ModelProfile,
 )
+from aiprod_pipelines.stages import Latents
 
 
 class ICLoraPipeline(Pipeline):
@@ -42,10 +43,9 @@ class ICLoraPipeline(Pipeline):
     is_distilled = True
 
     @torch.inference_mode()
-    def run(self, request: GenerationRequest, *, progress: Progress | None = None) -> Clip:
-        models, progress = self.models, progress or Progress()
-        request = self.resolve(request)
-        generator = torch.Generator().manual_seed(request.seed)
+    def make(self, request: GenerationRequest, progress: Progress) -> Iterator[Latents]:
+        models = self.models
+        generators = stages.window_generators(models, request)
         contexts = stages.encode_prompts(models, request, progress)
         given_audio = stages.encode_given_audio(models, request, progress)
 
@@ -56,18 +56,19 @@ class ICLoraPipeline(Pipeline):
         states = stages.add_images(states, images)
         states = self.add_references(small, states, progress)
         loras = [*request.loras, *self.distillation(request)]
-        latents = stages.denoise(models, small, states, contexts, generator, progress, loras=loras)
+        stage_1 = stages.denoise(models, small, states, contexts, generators, progress, loras=loras)
         if not self.uses_stage_2(request):
-            return self.clip(request, latents, progress)
+            return stage_1
 
         # Stage 2, at full size, as the distilled pipeline's.
-        upsampled = stages.upsample(models, request, latents, progress)
         images = stages.encode_images(models, request, request.images, progress)
-        states = stages.initial_states(models, request, upsampled, given_audio=given_audio)
+        states = stages.initial_states(models, request, given_audio=given_audio)
         states = stages.add_images(states, images)
         loras = self.distillation(request)
-        latents = stages.refine(models, request, states, contexts, generator, progress, loras=loras)
-        return self.clip(request, latents, progress)
+        starts = stages.upsample(models, request, stage_1, progress)
+        return stages.refine(
+            models, request, states, starts, contexts, generators, progress, loras=loras
+        )
 
     def resolve(self, request: GenerationRequest) -> GenerationRequest:
         if request.controls and not request.loras:

@@ -10,14 +10,16 @@ Unlike a first image, a keyframe is shown beside the clip: it says how the clip 
 without taking the place of a latent, so any frame may have one.
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from aiprod_pipelines import stages
-from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.flags import main
 from aiprod_pipelines.pipeline import Pipeline
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest
+from aiprod_pipelines.stages import Latents
 
 
 class KeyframeInterpolationPipeline(Pipeline):
@@ -28,11 +30,10 @@ class KeyframeInterpolationPipeline(Pipeline):
     has_stage_2 = True
 
     @torch.inference_mode()
-    def run(self, request: GenerationRequest, *, progress: Progress | None = None) -> Clip:
-        models, progress = self.models, progress or Progress()
-        request = self.resolve(request)
+    def make(self, request: GenerationRequest, progress: Progress) -> Iterator[Latents]:
+        models = self.models
         keyframes = [*request.images, *request.keyframes]
-        generator = torch.Generator().manual_seed(request.seed)
+        generators = stages.window_generators(models, request)
         contexts = stages.encode_prompts(models, request, progress)
         given_audio = stages.encode_given_audio(models, request, progress)
 
@@ -41,20 +42,21 @@ class KeyframeInterpolationPipeline(Pipeline):
         images = stages.encode_images(models, small, keyframes, progress)
         states = stages.initial_states(models, small, given_audio=given_audio)
         states = stages.add_keyframes(states, images)
-        latents = stages.denoise(
-            models, small, states, contexts, generator, progress, loras=request.loras
+        stage_1 = stages.denoise(
+            models, small, states, contexts, generators, progress, loras=request.loras
         )
         if not self.uses_stage_2(request):
-            return self.clip(request, latents, progress)
+            return stage_1
 
         # Stage 2, at full size, with the keyframes again.
-        upsampled = stages.upsample(models, request, latents, progress)
         images = stages.encode_images(models, request, keyframes, progress)
-        states = stages.initial_states(models, request, upsampled, given_audio=given_audio)
+        states = stages.initial_states(models, request, given_audio=given_audio)
         states = stages.add_keyframes(states, images)
         loras = [*request.loras, *self.distillation(request)]
-        latents = stages.refine(models, request, states, contexts, generator, progress, loras=loras)
-        return self.clip(request, latents, progress)
+        starts = stages.upsample(models, request, stage_1, progress)
+        return stages.refine(
+            models, request, states, starts, contexts, generators, progress, loras=loras
+        )
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from aiprod_core.errors import InputError
-from aiprod_core.types import AV
 from aiprod_pipelines import analytics, companions, media
 from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.model_files import count_parameters
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest, LoraFile, ModelProfile, PerModality
+from aiprod_pipelines.stages import Latents
 from aiprod_pipelines.tiles import choose_refine_tile
 
 UNGUIDED = PerModality(1.0, 1.0)
@@ -35,7 +35,7 @@ OPTIONAL_INPUTS = {
 class Pipeline(ABC):
     """One way from a request to a clip. Keeps its model between calls.
 
-    Subclasses say by class attributes what they take and need, and write `run`.
+    Subclasses say by class attributes what they take and need, and write `make`.
     """
 
     name: ClassVar[str]
@@ -67,9 +67,30 @@ class Pipeline(ABC):
         """
         yield from self(prompt, progress=progress, **settings).stream()
 
+    def run(
+        self,
+        request: GenerationRequest,
+        *,
+        progress: Progress | None = None,
+        is_streamed: bool = False,
+    ) -> Clip:
+        """Makes the clip of a request. Raises InputError before any weight is read.
+
+        With `is_streamed` only its first window is made; the clip's stream makes the others.
+        """
+        progress = progress or Progress()
+        request = self.resolve(request)
+        windows = self.make(request, progress)
+        first = next(windows)
+        clip = Clip(self.name, self.models, request, first.clip, progress, self.soundtrack(request))
+        clip.expect(windows, first.final)
+        if not is_streamed:
+            clip.finish()
+        return clip
+
     @abstractmethod
-    def run(self, request: GenerationRequest, *, progress: Progress | None = None) -> Clip:
-        """Makes the clip of a request. Raises InputError before any weight is read."""
+    def make(self, request: GenerationRequest, progress: Progress) -> Iterator[Latents]:
+        """The recipe, for a resolved request: the clip's latents, a window more each time."""
 
     def profile(self, request: GenerationRequest) -> ModelProfile:
         """The grid and the defaults of a request to this pipeline."""
@@ -151,13 +172,11 @@ class Pipeline(ABC):
         """What is added for steps without guidance; nothing when the model is distilled itself."""
         return [request.distilled_lora] if request.distilled_lora else []
 
-    def clip(self, request: GenerationRequest, latents: AV, progress: Progress) -> Clip:
-        """The result; a sound that was given comes back as it was."""
-        soundtrack = None
-        if request.audio is not None:
-            duration_s = request.shape.duration_s
-            soundtrack = media.read_span(request.audio, request.audio_start_time, duration_s)
-        return Clip(self.name, self.models, request, latents, progress, soundtrack)
+    def soundtrack(self, request: GenerationRequest) -> media.Audio | None:
+        """A sound that was given and comes back as it was, in place of the latents' own."""
+        if request.audio is None:
+            return None
+        return media.read_span(request.audio, request.audio_start_time, request.shape.duration_s)
 
     def _check_inputs(self, request: GenerationRequest) -> None:
         for field, (flag, other) in OPTIONAL_INPUTS.items():

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from aiprod_core.components.samplers import SAMPLERS
-from aiprod_core.components.schedulers import DISTILLED, SCHEDULES, STAGE_2
+from aiprod_core.components.schedulers import SCHEDULES, STAGE_2, distilled
 from aiprod_core.components.step_cache import POLICIES
 from aiprod_core.components.windows import Window, split_into_windows
 from aiprod_core.errors import InputError
@@ -28,7 +28,6 @@ MAX_SEED = 2**63 - 1
 
 # The fixed levels of distilled models besides the schedules that take any number of steps.
 SCHEDULE_NAMES = (*SCHEDULES, "distilled")
-DISTILLED_STEPS = len(DISTILLED) - 1
 STEP_CACHES = ("off", *POLICIES)
 MODALITIES = ("video", "audio", "both")
 PER_MODALITY = (
@@ -349,11 +348,8 @@ class GenerationRequest:
             )
         for block in full.stg_blocks or ():
             _check_number("stg_blocks", block, 0, profile.num_layers - 1, integer=True)
-        if full.schedule == "distilled" and full.num_inference_steps != DISTILLED_STEPS:
-            raise InputError(
-                f"the distilled schedule has {DISTILLED_STEPS} steps; got "
-                f"{full.num_inference_steps}, try {DISTILLED_STEPS}, or --schedule shifted."
-            )
+        if full.schedule == "distilled":
+            distilled(full.num_inference_steps or 1)  # refuses a number of steps that it lacks
         full._check_files()
         return full
 

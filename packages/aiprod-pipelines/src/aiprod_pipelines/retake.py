@@ -11,6 +11,7 @@ grid. What lies outside the span is kept latent by latent, so it is what the mod
 it; with modality "video" the clip carries the source's own sound.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -18,11 +19,11 @@ import torch
 from aiprod_core.components import conditioning
 from aiprod_core.errors import InputError
 from aiprod_pipelines import media, stages
-from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.flags import main
 from aiprod_pipelines.pipeline import Pipeline, distilled_profile
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest, ModelProfile
+from aiprod_pipelines.stages import Latents
 
 
 class RetakePipeline(Pipeline):
@@ -33,23 +34,23 @@ class RetakePipeline(Pipeline):
     needs = frozenset({"source"})
 
     @torch.inference_mode()
-    def run(self, request: GenerationRequest, *, progress: Progress | None = None) -> Clip:
-        models, progress = self.models, progress or Progress()
-        request = self.resolve(request)
-        generator = torch.Generator().manual_seed(request.seed)
+    def make(self, request: GenerationRequest, progress: Progress) -> Iterator[Latents]:
+        models = self.models
+        generators = stages.window_generators(models, request)
         contexts = stages.encode_prompts(models, request, progress)
 
         source = stages.encode_source(models, request, progress, is_whole=True)
         states = stages.initial_states(models, request, source)
         states = open_window(states, request)
-        latents = stages.denoise(
-            models, request, states, contexts, generator, progress, loras=request.loras
+        return stages.denoise(
+            models, request, states, contexts, generators, progress, loras=request.loras
         )
-        clip = self.clip(request, latents, progress)
-        if request.modality == "video" and request.generate_audio:
-            assert request.source is not None
-            clip.soundtrack = media.read_span(request.source, 0.0, request.shape.duration_s)
-        return clip
+
+    def soundtrack(self, request: GenerationRequest) -> media.Audio | None:
+        if request.modality != "video" or not request.generate_audio:
+            return None
+        assert request.source is not None
+        return media.read_span(request.source, 0.0, request.shape.duration_s)
 
     def profile(self, request: GenerationRequest) -> ModelProfile:
         profile = super().profile(request)

@@ -5,15 +5,16 @@ model's device; random numbers come from one generator on the CPU, so a seed mea
 and on a GPU.
 
 A recipe reads: encode_prompts, initial_states, conditions, denoise, and for a second stage
-upsample, initial_states, conditions, refine.
+upsample, initial_states, conditions, refine. What `denoise`, `upsample` and `refine` give comes
+window by window, each made when it is asked for; most clips are one window.
 
 Letters: B batch (1 here), C channels, F latent frames, H W height and width, N tokens, S text
 tokens, D context width.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,14 +39,14 @@ from aiprod_core.components.windows import Place, denoise_in_windows
 from aiprod_core.errors import InputError, is_out_of_memory
 from aiprod_core.loader.lora import coverage, open_lora
 from aiprod_core.model.mel import log_mel
-from aiprod_core.model.transformer import Perturbations
+from aiprod_core.model.transformer import Perturbations, Transformer
 from aiprod_core.model.upsampler import upsample_latent
 from aiprod_core.parallel import in_parallel
 from aiprod_core.tiling import decode_chunks, default_tiling, encode_tiled
 from aiprod_core.types import AV, LatentState, Modality, ScaleFactors, VideoShape
 from aiprod_pipelines import analytics, media, recipe
 from aiprod_pipelines.components import ModelSet
-from aiprod_pipelines.progress import Progress
+from aiprod_pipelines.progress import Advance, Progress
 from aiprod_pipelines.request import GenerationRequest, ImageCondition, LoraFile
 from aiprod_pipelines.tiles import choose_tiling, refine_tiles
 
@@ -53,6 +54,8 @@ FRAMES_AT_ONCE = 16  # converted to bytes and handed to the video encoder togeth
 # Samplers that draw noise have generators of their own, so that a seed's first noise is the same
 # with every sampler.
 SAMPLER_SEED_OFFSET = 10_000
+# Windows have noise of their own, the same in whatever order stages and windows are made.
+WINDOW_SEED_STEP = 1_000_003
 
 
 class Context(NamedTuple):
@@ -68,6 +71,14 @@ class ImageLatent(NamedTuple):
     latent: Tensor
     frame: int
     strength: float
+
+
+class Latents(NamedTuple):
+    """A clip as far as it is made; the next one knows one window more."""
+
+    clip: AV  # video (1, C, F, H, W), audio (1, C, T, bins); windows to come are as they started
+    final: dict[str, int]  # of "video", "audio": latent frames from the first on that stay
+    window: AV  # of the window that was made last: video (1, C, f, H, W), audio tokens (1, n, D)
 
 
 @dataclass(frozen=True)
@@ -359,10 +370,17 @@ def schedule_of(request: GenerationRequest, num_tokens: int = 4096) -> Tensor:
     """The sigmas of a resolved request. Only the shifted schedule looks at the number of tokens."""
     name, steps = request.schedule or "shifted", request.num_inference_steps or 1
     if name == "distilled":
-        return schedulers.table(schedulers.DISTILLED)
+        return schedulers.distilled(steps)
     if name == "shifted":
         return schedulers.shifted(steps, num_tokens=num_tokens)
     return schedulers.SCHEDULES[name](steps)
+
+
+def window_generators(models: ModelSet, request: GenerationRequest) -> list[torch.Generator]:
+    """The source of each window's noise in all stages; the first window's is the clip's seed."""
+    windows = request.windows(models.profile.scale.time)
+    seeds = [(request.seed + k * WINDOW_SEED_STEP) % 2**63 for k in range(len(windows))]
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def denoise(
@@ -370,19 +388,21 @@ def denoise(
     request: GenerationRequest,
     states: States,
     contexts: list[Context],
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],  # one a window
     progress: Progress,
     *,
+    starts: Iterable[AV] | None = None,  # video and audio tokens that each window starts from
     sigmas: Tensor | None = None,  # default: the request's schedule
     loras: Sequence[LoraFile] = (),
     is_guided: bool = True,
     sampler: str | None = None,  # default: the request's
     tiles: Tensor | None = None,  # (tiles, H, W): what of the picture the model sees at once
     stage: str = "denoise",
-) -> AV:
-    """Noise to clean latents: video (1, C, F, H, W), audio (1, C, T, bins) or None, in float32.
+) -> Iterator[Latents]:
+    """Noise to clean latents in float32, a window at a time.
 
-    A clip that is longer than the request's windows is made one window after the other.
+    A small model, which stays loaded, makes each window when it is asked for. One that is read for
+    its stage makes all of them at once.
     """
     sigmas = schedule_of(request) if sigmas is None else sigmas
     # A frozen modality has neither a negative text nor guidance of its own.
@@ -403,106 +423,153 @@ def denoise(
         return GuidedModality(state, context, negative, guidance, is_frozen=is_frozen)
 
     windows = request.windows(models.profile.scale.time)
+    steps = len(sigmas) - 1
     sample = sampler_of(sampler or request.sampler or "euler", request.seed)
     adapters = [(open_lora(lora.path), lora.strength) for lora in loras]
-    with (
-        progress.stage(stage, (len(sigmas) - 1) * len(windows)) as advance,
-        models.transformer(adapters, audio_only=states.video is None) as transformer,
-        guided_text_attention(transformer, **nag),
-        # Where blocks come and go to save memory, nothing of them is kept.
-        computed_once(transformer) if models.offload in ("none", "model") else nullcontext(),
-        in_parallel(models.parallel, transformer) as shared,
-    ):
-        for lora, strength in adapters:
-            progress.note(f"{lora.name}: {coverage(transformer, lora)} at strength {strength:g}")
-        model = _computing_in(models.dtype, shared)
-        if tiles is not None:
-            model = in_tiles(model, tiles, models.profile.scale)
+    is_lazy = models.stays_loaded
 
-        def lighten(denoiser: GuidedDenoiser) -> bool:
-            way: str | None = "one guidance pass at a time"
-            if denoiser.max_batch_size != 1:
-                denoiser.max_batch_size = 1
-            else:
-                way = models.lighten(transformer)
-            if way is not None:
-                progress.note(f"out of memory: going on with {way}")
-            return way is not None
+    @contextmanager
+    def transformer_for(num_windows: int) -> Iterator[tuple[Transformer, Model, Advance]]:
+        with (
+            progress.stage(stage, steps * num_windows) as advance,
+            models.transformer(adapters, audio_only=states.video is None) as transformer,
+            guided_text_attention(transformer, **nag),
+            # Where blocks come and go to save memory, nothing of them is kept.
+            computed_once(transformer) if models.offload in ("none", "model") else nullcontext(),
+            in_parallel(models.parallel, transformer) as shared,
+        ):
+            yield transformer, _computing_in(models.dtype, shared), advance
 
-        def run(video: LatentState | None, audio: LatentState | None, place: Place) -> AV:
-            end_step = analytics.laps("step")
+    @torch.inference_mode()
+    def make() -> Iterator[Latents]:
+        with ExitStack() as stack:
+            lent = None if is_lazy else stack.enter_context(transformer_for(len(windows)))
 
-            def after_step(step: int, sigma: float, x: AV, denoised: AV) -> None:
-                end_step()
-                advance(1)
-                progress.preview(lambda: _latents(place(denoised), states))
+            def run(
+                number: int, video: LatentState | None, audio: LatentState | None, place: Place
+            ) -> AV:
+                with nullcontext(lent) if lent else transformer_for(1) as borrowed:
+                    transformer, model, advance = borrowed
+                    if number == 0:
+                        for lora, strength in adapters:
+                            covered = coverage(transformer, lora)
+                            progress.note(f"{lora.name}: {covered} at strength {strength:g}")
+                    if tiles is not None:
+                        model = in_tiles(model, tiles, models.profile.scale)
 
-            return denoising.denoise(
-                model,
-                sigmas,
-                guided("video", video),
-                guided("audio", audio),
-                sampler=sample,
-                generator=generator,
-                max_batch_size=request.max_batch_size,
-                min_cosine=request.adaptive_guidance,
-                cache_policy=POLICIES.get(request.step_cache),
-                lighten=lighten if models.parallel == "none" else None,
-                callback=after_step,
+                    def lighten(denoiser: GuidedDenoiser) -> bool:
+                        way: str | None = "one guidance pass at a time"
+                        if denoiser.max_batch_size != 1:
+                            denoiser.max_batch_size = 1
+                        else:
+                            way = models.lighten(transformer)
+                        if way is not None:
+                            progress.note(f"out of memory: going on with {way}")
+                        return way is not None
+
+                    def after_step(step: int, sigma: float, x: AV, denoised: AV) -> None:
+                        advance(1)
+                        progress.preview(lambda: _latents(place(denoised), states))
+
+                    return denoising.denoise(
+                        model,
+                        sigmas,
+                        guided("video", video),
+                        guided("audio", audio),
+                        sampler=sample,
+                        generator=generators[number],
+                        max_batch_size=request.max_batch_size,
+                        min_cosine=request.adaptive_guidance,
+                        cache_policy=POLICIES.get(request.step_cache),
+                        lighten=lighten if models.parallel == "none" else None,
+                        callback=after_step,
+                    )
+
+            grids = {"video": states.video_grid, "audio": states.audio_grid}
+            window = window_shape(models, request)
+            made = denoise_in_windows(
+                run,
+                windows,
+                states.video,
+                states.audio,
+                own_tokens={name: grid.num_tokens for name, grid in grids.items() if grid},
+                window_tokens={
+                    name: grid_of(models, window).num_tokens
+                    for name, grid_of in (("video", video_grid), ("audio", audio_grid))
+                    if grids[name]
+                },
+                frozen=states.frozen,
+                starts=starts,
             )
+            per_frame = {"audio": 1}
+            if states.video_grid is not None:
+                per_frame["video"] = states.video_grid.tokens_per_frame
+            for window_tokens, clip, final in made:
+                frames = {name: count // per_frame[name] for name, count in final.items()}
+                yield Latents(_latents(clip, states), frames, window_tokens)
 
-        grids = {"video": states.video_grid, "audio": states.audio_grid}
-        shape = request.shape
-        window = shape._replace(num_frames=request.window_frames or shape.num_frames)
-        x = denoise_in_windows(
-            run,
-            windows,
-            states.video,
-            states.audio,
-            own_tokens={name: grid.num_tokens for name, grid in grids.items() if grid is not None},
-            window_tokens={
-                name: grid_of(models, window).num_tokens
-                for name, grid_of in (("video", video_grid), ("audio", audio_grid))
-                if grids[name] is not None
-            },
-            frozen=states.frozen,
-        )
-    return _latents(x, states)
+    return make() if is_lazy else iter(list(make()))
 
 
-def upsample(models: ModelSet, request: GenerationRequest, latents: AV, progress: Progress) -> AV:
-    """The picture at twice the height and width, in latents; the sound as it is."""
-    assert latents.video is not None and request.spatial_upsampler is not None
-    with (
-        progress.stage("upsample"),
-        models.upsampler(request.spatial_upsampler) as upsampler,
-        models.video_encoder() as encoder,
-    ):
-        raw = latents.video.to(models.dtype)
-        return AV(
-            upsample_latent(upsampler, raw, encoder.per_channel_statistics).float(), latents.audio
-        )
+def finished(windows: Iterable[Latents]) -> AV:
+    """The latents of a clip, all of its windows made."""
+    *_, last = windows
+    return last.clip
+
+
+def window_shape(models: ModelSet, request: GenerationRequest) -> VideoShape:
+    """Of what the model sees of a resolved request's clip at once."""
+    is_one = len(request.windows(models.profile.scale.time)) == 1
+    num_frames = request.shape.num_frames if is_one else request.window_frames
+    return request.shape._replace(num_frames=num_frames)
+
+
+@torch.inference_mode()
+def upsample(
+    models: ModelSet,
+    request: GenerationRequest,  # of the larger picture
+    windows: Iterable[Latents],
+    progress: Progress,
+) -> Iterator[AV]:
+    """What each window of a second stage starts from, as tokens: the picture at twice the height
+    and width, the sound as it is."""
+    shape = window_shape(models, request)
+    large = video_grid(models, shape)
+    small = video_grid(models, shape._replace(height=shape.height // 2, width=shape.width // 2))
+    assert request.spatial_upsampler is not None
+    for made in windows:
+        assert made.window.video is not None
+        with (
+            progress.stage("upsample"),
+            models.upsampler(request.spatial_upsampler) as upsampler,
+            models.video_encoder() as encoder,
+        ):
+            raw = small.unpatchify(made.window.video).to(models.dtype)
+            latent = upsample_latent(upsampler, raw, encoder.per_channel_statistics).float()
+        yield AV(large.patchify(latent), made.window.audio)
 
 
 def refine(
     models: ModelSet,
     request: GenerationRequest,
     states: States,
+    starts: Iterable[AV],
     contexts: list[Context],
-    generator: torch.Generator,
+    generators: Sequence[torch.Generator],
     progress: Progress,
     *,
     loras: Sequence[LoraFile] = (),
     sampler: str = "euler",
-) -> AV:
-    """The second stage: a few steps from little noise over what `states` start from, unguided."""
+) -> Iterator[Latents]:
+    """The second stage: a few steps from little noise over `starts`, unguided."""
     return denoise(
         models,
         request,
         states,
         contexts,
-        generator,
+        generators,
         progress,
+        starts=starts if models.stays_loaded else list(starts),
         sigmas=schedulers.table((*(request.stage_2_sigmas or ()), 0.0)),
         loras=loras,
         is_guided=False,
@@ -510,6 +577,13 @@ def refine(
         tiles=refine_tiles(request.refine_tile, models.profile.scale, request.shape),
         stage="refine",
     )
+
+
+def with_sound_of(sounds: Iterable[Latents], pictures: Iterable[Latents]) -> Iterator[Latents]:
+    """The picture of one stage with the sound of another, window by window."""
+    for picture, sound in zip(pictures, sounds, strict=False):
+        final = {**sound.final, "video": picture.final["video"]}
+        yield picture._replace(clip=AV(picture.clip.video, sound.clip.audio), final=final)
 
 
 def sampler_of(name: str, seed: int) -> Sampler:

@@ -10,6 +10,7 @@ The length is num_frames / frame_rate seconds. The file may be .wav, .m4a, .flac
 picture.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -17,11 +18,11 @@ import torch
 from aiprod_core.components import conditioning
 from aiprod_core.errors import InputError
 from aiprod_pipelines import stages
-from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.flags import main
 from aiprod_pipelines.pipeline import UNGUIDED, Pipeline, distilled_profile
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest, ModelProfile
+from aiprod_pipelines.stages import Latents
 
 
 class TextToAudioPipeline(Pipeline):
@@ -31,24 +32,22 @@ class TextToAudioPipeline(Pipeline):
     takes = frozenset[str]()
 
     @torch.inference_mode()
-    def run(self, request: GenerationRequest, *, progress: Progress | None = None) -> Clip:
-        models, progress = self.models, progress or Progress()
-        request = self.resolve(request)
-        generator = torch.Generator().manual_seed(request.seed)
+    def make(self, request: GenerationRequest, progress: Progress) -> Iterator[Latents]:
+        models = self.models
+        generators = stages.window_generators(models, request)
         contexts = stages.encode_prompts(models, request, progress)
 
         grid = stages.audio_grid(models, request.shape)
         audio = conditioning.audio_state(grid, device=models.device)
-        latents = stages.denoise(
+        return stages.denoise(
             models,
             request,
             stages.States(audio=audio, audio_grid=grid),
             contexts,
-            generator,
+            generators,
             progress,
             loras=request.loras,
         )
-        return self.clip(request, latents, progress)
 
     def profile(self, request: GenerationRequest) -> ModelProfile:
         profile = super().profile(request)

@@ -7,14 +7,16 @@ clip = pipeline("a red rubber ball bounces on a grey floor", seed=7)
 clip.save("clip.mp4")
 """
 
+from collections.abc import Iterator
+
 import torch
 
 from aiprod_pipelines import stages
-from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.flags import main
 from aiprod_pipelines.pipeline import Pipeline
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest
+from aiprod_pipelines.stages import Latents
 
 
 class TI2VidOneStagePipeline(Pipeline):
@@ -23,20 +25,18 @@ class TI2VidOneStagePipeline(Pipeline):
     name = "one-stage"
 
     @torch.inference_mode()
-    def run(self, request: GenerationRequest, *, progress: Progress | None = None) -> Clip:
-        models, progress = self.models, progress or Progress()
-        request = self.resolve(request)
-        generator = torch.Generator().manual_seed(request.seed)
+    def make(self, request: GenerationRequest, progress: Progress) -> Iterator[Latents]:
+        models = self.models
+        generators = stages.window_generators(models, request)
         contexts = stages.encode_prompts(models, request, progress)
 
         given_audio = stages.encode_given_audio(models, request, progress)
         images = stages.encode_images(models, request, request.images, progress)
         states = stages.initial_states(models, request, given_audio=given_audio)
         states = stages.add_images(states, images)
-        latents = stages.denoise(
-            models, request, states, contexts, generator, progress, loras=request.loras
+        return stages.denoise(
+            models, request, states, contexts, generators, progress, loras=request.loras
         )
-        return self.clip(request, latents, progress)
 
 
 if __name__ == "__main__":

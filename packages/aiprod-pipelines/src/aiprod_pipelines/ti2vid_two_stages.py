@@ -9,17 +9,18 @@ clip.save("clip.mp4")
 Beside the model lie its x2 upsampler and its distilled LoRA; see companions.py.
 """
 
+from collections.abc import Iterator
+from itertools import tee
 from typing import ClassVar
 
 import torch
 
-from aiprod_core.types import AV
 from aiprod_pipelines import stages
-from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.flags import main
 from aiprod_pipelines.pipeline import Pipeline
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest, LoraFile
+from aiprod_pipelines.stages import Latents
 
 
 class TI2VidTwoStagesPipeline(Pipeline):
@@ -30,10 +31,9 @@ class TI2VidTwoStagesPipeline(Pipeline):
     sampler_of_stage_2: ClassVar[str] = "euler"
 
     @torch.inference_mode()
-    def run(self, request: GenerationRequest, *, progress: Progress | None = None) -> Clip:
-        models, progress = self.models, progress or Progress()
-        request = self.resolve(request)
-        generator = torch.Generator().manual_seed(request.seed)
+    def make(self, request: GenerationRequest, progress: Progress) -> Iterator[Latents]:
+        models = self.models
+        generators = stages.window_generators(models, request)
         contexts = stages.encode_prompts(models, request, progress)
         given_audio = stages.encode_given_audio(models, request, progress)
 
@@ -47,30 +47,31 @@ class TI2VidTwoStagesPipeline(Pipeline):
             small,
             states,
             contexts,
-            generator,
+            generators,
             progress,
             sigmas=self.sigmas(small, states),
             loras=self.loras_of_stage_1(request),
         )
         if not self.uses_stage_2(request):
-            return self.clip(request, stage_1, progress)
+            return stage_1
 
         # Stage 2, at full size, from the upsampled picture. Images are encoded anew: at this size.
-        upsampled = stages.upsample(models, request, stage_1, progress)
         images = stages.encode_images(models, request, request.images, progress)
-        states = stages.initial_states(models, request, upsampled, given_audio=given_audio)
+        states = stages.initial_states(models, request, given_audio=given_audio)
         states = stages.add_images(states, images)
+        stage_1, sounds = tee(stage_1)
         stage_2 = stages.refine(
             models,
             request,
             states,
+            stages.upsample(models, request, stage_1, progress),
             contexts,
-            generator,
+            generators,
             progress,
             loras=self.loras_of_stage_2(request),
             sampler=self.sampler_of_stage_2,
         )
-        return self.clip(request, AV(stage_2.video, stage_1.audio), progress)
+        return stages.with_sound_of(sounds, stage_2)
 
     def sigmas(self, request: GenerationRequest, states: stages.States) -> torch.Tensor:
         """Of the first stage. Published models shift for 4096 tokens, whatever the size."""

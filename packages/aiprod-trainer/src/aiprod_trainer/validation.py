@@ -125,7 +125,7 @@ class Validation:
     def _follow(self, request: GenerationRequest, sample: ValidationSample) -> Clip:
         """One guided stage with the reference beside the clip, as an IC-LoRA is trained."""
         models, progress = self.models, Progress()
-        generator = torch.Generator().manual_seed(request.seed)
+        generators = stages.window_generators(models, request)
         contexts = stages.encode_prompts(models, request, progress)
         images = stages.encode_images(models, request, request.images, progress)
         states = stages.add_images(stages.initial_states(models, request), images)
@@ -143,10 +143,10 @@ class Validation:
             downscale=downscale,
             temporal_scale=temporal_scale,
         )
-        latents = stages.denoise(
-            models, request, replace(states, video=video), contexts, generator, progress
+        windows = stages.denoise(
+            models, request, replace(states, video=video), contexts, generators, progress
         )
-        return Clip("validation", models, request, latents, progress)
+        return Clip("validation", models, request, stages.finished(windows), progress)
 
 
 def _encoded(models: ModelSet, texts: Sequence[str]) -> KnownTexts:

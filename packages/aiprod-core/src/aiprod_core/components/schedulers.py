@@ -16,6 +16,7 @@ from aiprod_core.errors import InputError
 
 # The levels that the distilled checkpoints were trained on.
 DISTILLED = (1.0, 0.99375, 0.9875, 0.98125, 0.975, 0.909375, 0.725, 0.421875, 0.0)
+DISTILLED_IN_4 = (1.0, 0.909375, 0.725, 0.421875, 0.0)  # ours
 STAGE_2 = (0.909375, 0.725, 0.421875, 0.0)
 STAGE_2_TILED = (0.625, 0.4, 0.0)
 STAGE_2_HDR = (0.909375, 0.725, 0.0)
@@ -25,6 +26,18 @@ DFR_TEMPORAL = DISTILLED[4:]
 def table(sigmas: tuple[float, ...]) -> Tensor:
     """A fixed schedule, such as `DISTILLED`, as the samplers take it."""
     return torch.tensor(sigmas, dtype=torch.float32)
+
+
+def distilled(steps: int) -> Tensor:
+    """The fixed levels of a distilled model. Raises InputError for other than 8 or 4 steps."""
+    tables = {len(sigmas) - 1: sigmas for sigmas in (DISTILLED, DISTILLED_IN_4)}
+    if steps not in tables:
+        nearest = 8 if steps > 6 else 4
+        raise InputError(
+            f"the distilled schedule has 8 or 4 steps; got {steps}, try {nearest}, "
+            "or another schedule such as shifted."
+        )
+    return table(tables[steps])
 
 
 def shifted(

@@ -7,12 +7,16 @@ holds more than that frame, so it is generated anew and thrown away, as in tiled
 follows it is what the window before has made: kept for half of the overlap, then giving way to the
 new window step by step.
 
+Windows come one at a time and only as they are asked for, so a second stage can go over the first
+window, and the first frames be shown, while later ones are still noise.
+
 Letters: B batch, N tokens, C channels, F latent frames.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -25,7 +29,7 @@ from aiprod_core.types import AV, LatentState
 TOLERANCE_S = 1e-4
 
 Place = Callable[[AV], AV]
-Run = Callable[[LatentState | None, LatentState | None, Place], AV]
+Run = Callable[[int, LatentState | None, LatentState | None, Place], AV]
 
 
 class Window(NamedTuple):
@@ -33,6 +37,14 @@ class Window(NamedTuple):
 
     start_s: float
     end_s: float
+
+
+class Made(NamedTuple):
+    """What there is when one more window is made, as clean tokens."""
+
+    window: AV  # (B, n, C): the clip's own tokens in the window, those thrown away too
+    clip: AV  # (B, N, C): of the whole clip; windows to come are as they started
+    final: dict[str, int]  # of "video", "audio": own tokens from the first on that stay as they are
 
 
 def split_into_windows(
@@ -84,35 +96,48 @@ def denoise_in_windows(
     own_tokens: Mapping[str, int],  # "video", "audio": of the clip, before appended conditions
     window_tokens: Mapping[str, int],  # of a clip that is as long as a window
     frozen: frozenset[str] = frozenset(),  # those that are shown as they are
-) -> AV:
-    """Clean tokens of the whole clip, from a `run` that denoises the states it is given.
+    starts: Iterable[AV] | None = None,  # what each window's own tokens start from
+) -> Iterator[Made]:
+    """Makes the windows of a clip in turn, by a `run` that denoises the states it is given.
 
-    `run` also gets what puts a window's tokens into the clip made so far, for previews. A window
-    without anything to generate is left out. One window is `run` on the states as they are.
+    `run` also gets the window's number, and what puts its tokens into the clip made so far, for
+    previews. A window without anything to generate is not run. One window is run on the states as
+    they are.
     """
-    if len(windows) == 1:
-        return run(video, audio, lambda x: x)
     tracks = {
         name: _Track(state, own_tokens[name], window_tokens[name], name in frozen)
         for name, state in (("video", video), ("audio", audio))
         if state is not None
     }
-    for window in windows:
-        parts = {name: track.part(window) for name, track in tracks.items()}
+    given = iter(starts) if starts is not None else None
+    is_one = len(windows) == 1
+    for number, (window, following) in enumerate(pairwise([*windows, None])):
+        assert window is not None
+        start = next(given) if given is not None else AV()
+        parts: dict[str, _Part] = {}
+        for name, track in tracks.items():
+            part = track.whole() if is_one else track.part(window)
+            parts[name] = part.starting_from(getattr(start, name))
 
         def place(x: AV, parts: "dict[str, _Part]" = parts) -> AV:
-            made = {name: tracks[name].with_part(parts[name], getattr(x, name)) for name in parts}
-            return AV(**made)
+            merged = {name: tracks[name].with_part(parts[name], getattr(x, name)) for name in parts}
+            return AV(**merged)
 
-        if any(part.is_generated for part in parts.values()):
+        own = {name: part.state.clean_latent[:, part.is_own] for name, part in parts.items()}
+        if is_one or any(part.is_generated for part in parts.values()):
             states = {name: part.state for name, part in parts.items()}
-            x = run(states.get("video"), states.get("audio"), place)
-            made = place(x)
-            for name in parts:
-                tracks[name].tokens = getattr(made, name)
+            x = run(number, states.get("video"), states.get("audio"), place)
+            clip = place(x)
+            for name, part in parts.items():
+                tracks[name].tokens = getattr(clip, name)
+                own[name] = part.kept(getattr(x, name))[:, part.is_own]
         for name, part in parts.items():
             tracks[name].is_done[part.index[part.is_result]] = True
-    return AV(**{name: track.tokens for name, track in tracks.items()})
+        yield Made(
+            AV(**own),
+            AV(**{name: track.tokens for name, track in tracks.items()}),
+            {name: track.final(following) for name, track in tracks.items()},
+        )
 
 
 class _Part(NamedTuple):
@@ -120,11 +145,24 @@ class _Part(NamedTuple):
 
     state: LatentState
     index: Tensor  # (n,), its tokens among the clip's
+    is_own: Tensor  # (n,), the clip's own, without appended conditions
     is_result: Tensor  # (n,), those that the window makes or keeps
 
     @property
     def is_generated(self) -> bool:
         return bool((self.state.denoise_mask[:, self.is_result] > 0).any())
+
+    def starting_from(self, tokens: Tensor | None) -> "_Part":
+        """With other own tokens (B, n, C) under the noise."""
+        if tokens is None:
+            return self
+        latent = self.state.latent.clone()
+        latent[:, self.is_own] = tokens.to(latent)
+        return self._replace(state=replace(self.state, latent=latent))
+
+    def kept(self, tokens: Tensor) -> Tensor:
+        """A result in which what was to be kept is so exactly."""
+        return torch.where(self.state.denoise_mask == 0, self.state.clean_latent, tokens)
 
 
 class _Track:
@@ -138,8 +176,23 @@ class _Track:
         self.is_frozen = is_frozen
         self.tokens = torch.where(state.denoise_mask == 0, state.clean_latent, state.latent).float()
         count = state.latent.shape[1]
+        self.own_tokens = own_tokens
         self.is_own = torch.arange(count, device=state.latent.device) < own_tokens
         self.is_done = torch.zeros_like(self.is_own)
+
+    def whole(self) -> _Part:
+        """The clip as its only window."""
+        index = torch.arange(len(self.is_own), device=self.is_own.device)
+        return _Part(self.state, index, self.is_own, torch.ones_like(self.is_own))
+
+    def final(self, following: Window | None) -> int:
+        """Own tokens from the first on that neither the window to come nor a later one changes."""
+        if following is None or self.is_frozen:
+            return self.own_tokens
+        part = self.part(following)
+        is_changed = part.is_result & (part.state.denoise_mask[0, :, 0] > 0)
+        changed = part.index[is_changed]
+        return int(changed.min()) if len(changed) else self.own_tokens
 
     def part(self, window: Window) -> _Part:
         start, end = self.state.positions[0, 0].unbind(-1)  # (N,) seconds
@@ -164,13 +217,12 @@ class _Track:
             if marker is not None:
                 marker = torch.where(is_cut[:, None], torch.ones_like(marker), marker)
             state = replace(state, denoise_mask=mask, clean_latent=clean, keyframe_marker=marker)
-        return _Part(state, index, ~is_cut & self.is_own[index])
+        return _Part(state, index, self.is_own[index], ~is_cut & self.is_own[index])
 
     def with_part(self, part: _Part, tokens: Tensor) -> Tensor:
-        """The clip's tokens with a window's in them; those that were to be kept are so exactly."""
-        kept = torch.where(part.state.denoise_mask == 0, part.state.clean_latent, tokens)
+        """The clip's tokens with a window's in them."""
         merged = self.tokens.clone()
-        merged[:, part.index[part.is_result]] = kept[:, part.is_result].float()
+        merged[:, part.index[part.is_result]] = part.kept(tokens)[:, part.is_result].float()
         return merged
 
 

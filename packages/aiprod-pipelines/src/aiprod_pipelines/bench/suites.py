@@ -459,8 +459,9 @@ def clip_case() -> Case:
         progress = Progress()
         contexts = stages.encode_prompts(models, request, progress)
         states = stages.initial_states(models, request)
-        generator = torch.Generator().manual_seed(request.seed)
-        latents = stages.denoise(models, request, states, contexts, generator, progress)
+        generators = stages.window_generators(models, request)
+        windows = stages.denoise(models, request, states, contexts, generators, progress)
+        latents = stages.finished(windows)
         assert latents.video is not None and latents.audio is not None
         frames = torch.cat(list(stages.decode_video(models, latents.video, progress, tile="off")))
         sound = stages.decode_audio(models, latents.audio, request.shape.duration_s, progress)
