@@ -105,6 +105,27 @@ def test_the_queue_is_bounded_and_running_jobs_do_not_count(database: Database, 
     store.submit(new_job())
 
 
+def test_clients_that_race_never_fill_the_queue_above_its_bound(store: JobStore, new_job: New):
+    store.max_queue = 5
+    refused: list[bool] = []
+
+    def submit() -> None:
+        for _ in range(4):
+            try:
+                store.submit(new_job())
+            except QueueFullError:
+                refused.append(True)
+
+    threads = [threading.Thread(target=submit) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    numbers = store.statistics()
+    assert numbers["jobs"]["queued"] == numbers["counters"]["submitted"] == 5
+    assert len(refused) == 27
+
+
 def test_the_job_of_a_dead_worker_is_begun_again_and_the_dead_is_not_heard(
     store: JobStore, new_job: New
 ):

@@ -5,8 +5,9 @@ Times are Unix seconds. SQLite is synced at checkpoints (synchronous=NORMAL): a 
 nothing, a power cut may lose the last moments.
 """
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -21,6 +22,10 @@ class Database:
 
     def __init__(self, url: str) -> None:
         self.engine = _open(url)
+        # SQLite lets a writer that has to wait look again after 1, 2, 5, ... 100 ms; the threads of
+        # one process follow each other at once.
+        is_sqlite = self.engine.dialect.name == "sqlite"
+        self._turn: AbstractContextManager = threading.Lock() if is_sqlite else nullcontext()
 
     def create_tables(self) -> None:
         metadata.create_all(self.engine)
@@ -32,7 +37,7 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        with self.engine.begin() as connection:
+        with self._turn, self.engine.begin() as connection:
             yield connection
 
 

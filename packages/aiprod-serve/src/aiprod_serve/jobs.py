@@ -19,7 +19,6 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
-from sqlalchemy.exc import IntegrityError
 
 from aiprod_serve import webhooks
 from aiprod_serve.database import Database, metadata
@@ -85,6 +84,21 @@ workers = sa.Table(
     sa.Column("device", sa.String(20), nullable=False),
     sa.Column("seen_at", sa.Float, nullable=False),
     sa.Column("job", sa.String(40)),
+)
+
+# What every request asks, built once: SQLAlchemy needs longer to put a statement together than
+# SQLite to run it.
+_TAKE_TURN = (  # in PostgreSQL the locked row makes submissions follow one another
+    sa.select(counters.c.value).where(counters.c.name == "submitted").with_for_update()
+)
+_INSERT = jobs.insert().returning(jobs)
+_GET = sa.select(jobs).where(jobs.c.id == sa.bindparam("job_id"))
+_NUM_QUEUED = sa.select(sa.func.count()).where(jobs.c.status == "queued")
+_NUM_BEFORE = _NUM_QUEUED.where(jobs.c.created_at < sa.bindparam("created_at"))
+_COUNT = (
+    counters.update()
+    .where(counters.c.name == sa.bindparam("counter"))
+    .values(value=counters.c.value + sa.bindparam("amount"))
 )
 
 
@@ -187,13 +201,10 @@ class JobStore:
 
         Raises QueueFullError and IdempotencyError.
         """
-        try:
-            return self._submit(new)
-        except IntegrityError:  # in PostgreSQL another may come between: now it is found
-            return self._submit(new)
-
-    def _submit(self, new: NewJob) -> tuple[Job, bool]:
+        values = {name: getattr(new, name) for name in new.__dataclass_fields__}
+        values["request"] = json.dumps(new.request)
         with self.database.writing() as connection:
+            connection.execute(_TAKE_TURN)
             if new.idempotency_key is not None:
                 earlier = self._find_by_key(connection, new.owner, new.idempotency_key)
                 if earlier is not None:
@@ -201,15 +212,9 @@ class JobStore:
                         raise IdempotencyError
                     return earlier, False
             self._check_queue(connection)
-            values = {name: getattr(new, name) for name in new.__dataclass_fields__}
-            values["request"] = json.dumps(new.request)
-            row = connection.execute(
-                jobs.insert()
-                .values(**values, status="queued", created_at=time.time())
-                .returning(jobs)
-            ).one()
             _count(connection, submitted=1)
-            return Job.from_row(row), True
+            values |= {"status": "queued", "created_at": time.time()}
+            return Job.from_row(connection.execute(_INSERT, values).one()), True
 
     def find_by_key(self, owner: str, idempotency_key: str) -> Job | None:
         with self.database.reading() as connection:
@@ -223,8 +228,9 @@ class JobStore:
     def get(self, job_id: str, owner: str | None = None) -> Job | None:
         """A job, if it is the owner's; None as owner sees all."""
         with self.database.reading() as connection:
-            row = connection.execute(sa.select(jobs).where(*_mine(job_id, owner))).one_or_none()
-            return None if row is None else Job.from_row(row)
+            row = connection.execute(_GET, {"job_id": job_id}).one_or_none()
+            is_theirs = row is not None and owner in (None, row.owner)
+            return Job.from_row(row) if is_theirs else None
 
     def page(
         self,
@@ -274,11 +280,8 @@ class JobStore:
 
     def place_in_queue(self, job: Job) -> int:
         """How many jobs will be begun before this one."""
-        age = sa.tuple_(jobs.c.created_at, jobs.c.id)
-        place = sa.tuple_(sa.literal(job.created_at), sa.literal(job.id))
         with self.database.reading() as connection:
-            query = sa.select(sa.func.count()).where(jobs.c.status == "queued", age < place)
-            return connection.scalar(query) or 0
+            return connection.scalar(_NUM_BEFORE, {"created_at": job.created_at}) or 0
 
     # For workers.
 
@@ -459,8 +462,7 @@ class JobStore:
         return None if row is None else Job.from_row(row)
 
     def _check_queue(self, connection: Connection) -> None:
-        query = sa.select(sa.func.count()).where(jobs.c.status == "queued")
-        if (connection.scalar(query) or 0) >= self.max_queue:
+        if (connection.scalar(_NUM_QUEUED) or 0) >= self.max_queue:
             raise QueueFullError
 
     def _finish(
@@ -543,5 +545,4 @@ def _held(job: Job) -> list[Any]:
 def _count(connection: Connection, **amounts: float) -> None:
     for name, amount in amounts.items():
         if amount:
-            query = counters.update().where(counters.c.name == name)
-            connection.execute(query.values(value=counters.c.value + amount))
+            connection.execute(_COUNT, {"counter": name, "amount": amount})
