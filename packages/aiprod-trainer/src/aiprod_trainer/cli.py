@@ -1,4 +1,4 @@
-"""`aiprod train`: joins the `aiprod` command through the entry-point group `aiprod.commands`.
+"""`aiprod train` and `aiprod distill`, joined to the command by entry points `aiprod.commands`.
 
 For several processes: torchrun --nproc-per-node N -m aiprod_trainer.cli CONFIG.yaml
 """
@@ -11,6 +11,7 @@ import typer
 from aiprod_pipelines.terminal import explains_errors
 
 app = typer.Typer()
+distill_app = typer.Typer()
 
 
 @app.command()
@@ -50,6 +51,37 @@ def train(
     from aiprod_trainer.train import train as run_training
 
     run_training(settings, resume=resume and not settings.checkpoints.no_resume)
+
+
+@distill_app.command()
+@explains_errors
+def distill(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml", help="See configs/nano/distill.yaml.")
+    ],
+    override: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. mode=lora."),
+    ] = None,
+) -> None:
+    """Distil a guided model into a student of 8 or 4 steps without guidance.
+
+    Publishes NAME-distilled.safetensors and NAME-distilled-lora-RANK.safetensors in output_dir.
+    Ctrl-C saves; run again, it goes on where it was.
+
+    [dim]aiprod distill configs/nano/distill.yaml[/dim]
+    [dim]aiprod distill configs/ltx-2/distill_80gb.yaml --set matching_steps=200[/dim]
+    """
+    from aiprod_trainer.config import read_config
+    from aiprod_trainer.distill import DistillConfig
+    from aiprod_trainer.distill import distill as run_distillation
+
+    settings = read_config(config, DistillConfig, override)
+    published = run_distillation(settings)
+    for path in published:
+        typer.echo(path)
+    if not published:
+        typer.echo(f"stopped; run again to go on from {settings.output_dir}")
 
 
 if __name__ == "__main__":
