@@ -10,9 +10,10 @@ from torch import Tensor
 
 from aiprod_core.components.constants import computed_once
 from aiprod_core.errors import InputError
-from aiprod_core.kernels import onednn
+from aiprod_core.kernels import convolution, onednn
 from aiprod_core.kernels.apply import compile_blocks, enable_kernels
-from aiprod_core.kernels.onednn import is_faster_in_2d, is_faster_in_onednn
+from aiprod_core.kernels.convolution import form_of
+from aiprod_core.kernels.onednn import is_faster_in_onednn
 from aiprod_core.model.conv_blocks import CausalConv3d
 from aiprod_core.model.layers import FeedForward
 from aiprod_core.model.rope import rotary_table
@@ -106,15 +107,38 @@ def test_a_transformer_with_kernels_computes_the_same(
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("padding", ["zeros", "reflect"])
-@pytest.mark.parametrize("frames", [1, 2, 5])
-def test_a_causal_convolution_in_2d_is_that_in_3d(causal: bool, padding: Any, frames: int):
-    conv = CausalConv3d(3, 4, causal=causal, padding=padding)
-    x = random(1, 3, frames, 24, 24).cpu().to(memory_format=torch.channels_last_3d)
+@pytest.mark.parametrize(
+    ("form", "channels", "outputs", "frames", "height", "width"),
+    [
+        ("winograd", 48, 50, 1, 32, 32),
+        ("winograd", 50, 48, 2, 22, 25),  # not whole tiles
+        ("winograd", 48, 48, 5, 16, 16),
+        ("product", 400, 390, 1, 2, 3),
+        ("product", 400, 390, 3, 4, 4),
+    ],
+)
+def test_a_convolution_in_another_form_is_the_direct_one(
+    causal: bool, padding: Any, form: str, channels: int, outputs: int, frames: int, height: int,
+    width: int,
+):  # fmt: skip
+    layer = CausalConv3d(channels, outputs, causal=causal, padding=padding)
+    x = random(1, channels, frames, height, width).cpu()
+    x = x.to(memory_format=torch.channels_last_3d)
     with torch.inference_mode():
-        want = conv(x)
-        assert enable_kernels(conv).counts == {"3D convolution in 2D": 1}
-        assert is_faster_in_2d(conv.conv, x)
-        torch.testing.assert_close(conv(x), want, atol=1e-5, rtol=1e-5)
+        want = layer(x)
+        assert enable_kernels(layer).counts == {"convolution in fewer multiplications": 1}
+        assert form_of(layer.conv, x) == form
+        torch.testing.assert_close(layer(x), want, atol=5e-5, rtol=0)
+
+
+@torch.inference_mode()
+def test_rows_of_tiles_done_apart_give_the_whole_convolution(monkeypatch: pytest.MonkeyPatch):
+    layer = CausalConv3d(48, 48, causal=False, padding="reflect")
+    x = random(1, 48, 3, 20, 20).cpu()
+    want = layer(x)
+    enable_kernels(layer)
+    monkeypatch.setattr(convolution, "WINOGRAD_BYTES", 0)  # one row at a time
+    torch.testing.assert_close(layer(x), want, atol=5e-5, rtol=0)
 
 
 @torch.inference_mode()
@@ -131,8 +155,8 @@ def test_large_products_by_onednn_equal_those_by_pytorch():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_in_16_bits_a_cpu_computes_as_without_kernels(dtype: torch.dtype):
     feed_forward = FeedForward(256).to(dtype)
-    conv = CausalConv3d(3, 4, causal=True, padding="zeros").to(dtype)
-    tokens, frames = random(1, 40, 256).cpu().to(dtype), random(1, 3, 3, 24, 24).cpu().to(dtype)
+    conv = CausalConv3d(48, 48, causal=True, padding="zeros").to(dtype)
+    tokens, frames = random(1, 40, 256).cpu().to(dtype), random(1, 48, 2, 24, 24).cpu().to(dtype)
     want = feed_forward(tokens), conv(frames)
     enable_kernels(feed_forward)
     enable_kernels(conv)

@@ -4,7 +4,8 @@ The networks name the places: the linear layers, `Attention.rotated_norm`, `Bloc
 `Block.add_norm`, `GELULinear` and `CausalConv3d`. A swap hides the class's function by one of the
 instance, so weights, names and submodules stay; weights may still be moved or fused with LoRAs.
 
-On CUDA these are the Triton kernels of this package, on a CPU oneDNN's products and convolutions.
+On CUDA these are the Triton kernels of this package, on a CPU oneDNN's products and convolutions
+in fewer multiplications.
 Layers that quantisation has replaced are left alone.
 """
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aiprod_core.errors import InputError
-from aiprod_core.kernels import onednn
+from aiprod_core.kernels import convolution, onednn
 from aiprod_core.model.conv_blocks import CausalConv3d
 from aiprod_core.model.layers import Attention, FeedForward, GELULinear
 from aiprod_core.model.transformer import Block, Transformer
@@ -87,8 +88,8 @@ def _on_cpu(model: nn.Module) -> list[Swap]:
             kernel = partial(onednn.gelu_linear, module)
             swaps.append(Swap("oneDNN linear with GELU", module, "forward", kernel))
         elif isinstance(module, CausalConv3d):
-            kernel = partial(onednn.causal_conv3d, module)
-            swaps.append(Swap("3D convolution in 2D", module, "forward", kernel))
+            kernel = partial(convolution.causal_conv3d, module)
+            swaps.append(Swap("convolution in fewer multiplications", module, "forward", kernel))
     return swaps
 
 

@@ -130,8 +130,7 @@ CONVOLUTIONS = {
     *(f"aten::conv{n}d" for n in (1, 2, 3)),
     "aten::conv_transpose1d",
     "aten::convolution",
-    "mkldnn::_convolution_pointwise",
-    "mkldnn::_convolution_pointwise_",
+    "aiprod::winograd",
 }
 
 
@@ -169,8 +168,8 @@ def _flops(name: str, args: tuple[Any, ...], out: Tensor) -> int:
         return 4 * query.numel() * key.shape[-2]
     if name in CONVOLUTIONS:
         x, weight = [a for a in args if isinstance(a, Tensor) and a.ndim > 1][:2]
-        if name == "mkldnn::_convolution_pointwise_":  # what is added to comes first
-            weight = args[2]
+        if name == "aiprod::winograd":  # a quarter of a direct convolution's multiplications
+            return 2 * out.numel() * weight[0].numel() // 4
         if "transpose" in name:  # every input is spread over the kernel
             return 2 * x.numel() * weight[0].numel()
         return 2 * out.numel() * weight[0].numel()
