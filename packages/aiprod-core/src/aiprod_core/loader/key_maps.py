@@ -49,3 +49,4 @@ VOCODER = KeyMap((("vocoder.", ""),), ignored=("stft_fn.inverse_basis",))
 
 UPSAMPLER = KeyMap((("", ""),))
 DURATION_HEAD = KeyMap((("duration_head.", ""),))
+REWARD = KeyMap((("reward.", ""),))

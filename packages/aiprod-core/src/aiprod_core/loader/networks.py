@@ -19,6 +19,7 @@ from aiprod_core.loader import key_maps
 from aiprod_core.loader.checkpoint import Checkpoint, load_module
 from aiprod_core.model.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
 from aiprod_core.model.duration_head import DurationHead, DurationHeadConfig
+from aiprod_core.model.reward import RewardConfig, RewardModel
 from aiprod_core.model.text_connector import TextConfig, TextProjector
 from aiprod_core.model.text_encoder import GEMMA_HUB_ID, GemmaEncoder, MiniLMEncoder, TextEncoder
 from aiprod_core.model.transformer import Transformer, TransformerConfig
@@ -307,6 +308,15 @@ def load_duration_head(
         lambda: DurationHead(config),
         dtype=dtype,
         device=device,
+    )
+
+
+def load_reward(
+    checkpoint: Checkpoint, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> RewardModel:
+    config = RewardConfig.from_metadata(checkpoint.section("reward"))
+    return load_module(
+        checkpoint, key_maps.REWARD, lambda: RewardModel(config), dtype=dtype, device=device
     )
 
 
