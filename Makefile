@@ -18,7 +18,7 @@ demo: $(VENV)/run.stamp ## make a clip with sound from a sentence, with the buil
 test: $(VENV)/test.stamp ## run every default test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-serve: $(VENV)/ray.stamp ## run the server's tests in full: 5,000 requests, 2,000 bad uploads, Ray
+test-serve: $(VENV)/ray.stamp $(VENV)/browser.stamp ## run the server's tests in full: 5,000 requests, 2,000 bad uploads, Ray, Chromium
 	AIPROD_FUZZ_REQUESTS=5000 AIPROD_FUZZ_UPLOADS=2000 OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest packages/aiprod-serve -n 2 --dist loadfile -m "not gpu"
 
@@ -50,6 +50,13 @@ $(VENV)/test.stamp: $(VENV)/run.stamp requirements-dev.txt
 
 $(VENV)/ray.stamp: $(VENV)/test.stamp
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e "packages/aiprod-serve[ray]"
+	touch $@
+
+# Chromium is Debian's: installed where that may be done, else its tests say what they lack.
+$(VENV)/browser.stamp: $(VENV)/test.stamp
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt playwright axe-playwright-python
+	command -v chromium || { test "$$(id -u)" = 0 && command -v apt-get && apt-get update -q && \
+		apt-get install -y -q --no-install-recommends chromium; } || true
 	touch $@
 
 footage: $(VENV)/torch.stamp ## fetch three real clips to try `aiprod dataset` with (docs/dataset.md)

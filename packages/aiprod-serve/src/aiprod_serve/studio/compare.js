@@ -7,7 +7,7 @@ import { still } from "./gallery.js";
 import { differences, table } from "./recipe.js";
 import { drawWave, readPeaks } from "./waveform.js";
 
-const DRIFT_S = 0.06; // between the two, above which one is set right
+const DRIFT_S = 0.1; // between the two, above which one is set right
 const NUM_PEAKS = 600;
 
 let building = null;
@@ -105,7 +105,7 @@ function transport(sides, signal) {
     scrub.value = time;
     clock.textContent = `${seconds(Math.min(time, duration))} / ${seconds(duration)}`;
     for (const video of videos) {
-      if (!video.paused && Math.abs(video.currentTime - time) > DRIFT_S) video.currentTime = time;
+      if (!video.paused && !video.seeking && Math.abs(video.currentTime - time) > DRIFT_S) video.currentTime = time;
     }
     if (!leader.paused && !signal.aborted) requestAnimationFrame(show);
   }
