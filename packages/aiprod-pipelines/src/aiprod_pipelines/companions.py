@@ -17,6 +17,7 @@ import torch
 from aiprod_core.errors import CheckpointError, InputError
 from aiprod_core.loader.checkpoint import Checkpoint, open_checkpoint
 from aiprod_core.loader.lora import Lora, check_shapes, coverage, open_lora
+from aiprod_core.model.reward import RewardConfig
 from aiprod_core.model.transformer import Transformer, TransformerConfig
 from aiprod_core.model.upsampler import UpsamplerConfig
 from aiprod_pipelines.request import LoraFile
@@ -81,6 +82,26 @@ def distilled_lora(checkpoint: Checkpoint, given: LoraFile | None) -> LoraFile:
         f"is in {checkpoint.paths[0].parent}, nor is one given; give a distilled checkpoint "
         f"({name}-distilled.safetensors) with --model, or its LoRA with --distilled-lora."
     )
+
+
+def reward_model(checkpoint: Checkpoint, given: Path | None) -> Path:
+    """What judges this model's latents, given or found."""
+    path = given or find_beside(checkpoint, "reward")
+    if path is None:
+        name = model_name(checkpoint)
+        raise InputError(
+            f"{checkpoint.name} has no reward model to judge its clips: {name}-reward.safetensors "
+            f"is not in {checkpoint.paths[0].parent}; train one with aiprod reward train and put "
+            "it there, or leave out --best-of."
+        )
+    config = RewardConfig.from_metadata(open_checkpoint(path).section("reward"))
+    channels = checkpoint.section("vae").get("latent_channels", 128)
+    if config.video_channels != channels:
+        raise InputError(
+            f"{path}: judges latents of {config.video_channels} channels, the model's have "
+            f"{channels}; give the reward model that was trained with it."
+        )
+    return path
 
 
 def ic_lora(checkpoint: Checkpoint, kind: str) -> LoraFile:

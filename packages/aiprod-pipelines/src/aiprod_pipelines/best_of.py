@@ -1,0 +1,133 @@
+"""The best of several seeds, chosen before most of their steps are taken.
+
+Every seed is denoised for the first 30 % of the steps. There the clean estimate is judged by the
+reward model beside the model; the losers stop, and the winner goes on where it was. Of N seeds
+that costs 1 + 0.3 (N - 1) clips instead of N: 1.9 for four. The clip is, bit for bit, that of its
+seed alone, so a recipe names the seed and nothing else.
+
+A sampler cannot be paused, but its callback can wait: the callback of each seed's early step runs
+the next seed within it. When the last one is judged, all of them stand on the stack, and those
+that lost are unwound.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aiprod_core.components.patchifiers import AudioGrid, VideoGrid
+from aiprod_core.components.samplers import Callback
+from aiprod_core.errors import InputError
+from aiprod_core.model.reward import text_states
+from aiprod_core.types import AV
+from aiprod_pipelines import companions
+from aiprod_pipelines.components import ModelSet
+from aiprod_pipelines.request import GenerationRequest
+
+Attempt = Callable[[int, Callback], AV]
+
+
+def early_step(steps: int) -> int:
+    """How many of the steps are taken before the verdict: 30 %, rounded down, but one."""
+    return max(1, steps * 3 // 10)
+
+
+class _LostError(Exception):
+    """Unwinds a seed that stops; `result` is what a later seed has come to, if one has won."""
+
+    def __init__(self, result: "tuple[AV, int] | None") -> None:
+        self.result = result
+
+
+def contest(
+    attempt: Attempt,  # a seed and its sampler's callback to finished tokens
+    seeds: Sequence[int],
+    steps: int,
+    judge: Callable[[AV, float], float],  # clean tokens and their sigma to a score
+) -> tuple[AV, int, list[float]]:
+    """The finished tokens of the best seed, that seed, and the early scores of all.
+
+    Of equal scores the first wins.
+    """
+    scores: list[float] = []
+
+    def enter(number: int) -> tuple[AV, int] | None:
+        def after_step(step: int, sigma: float, x: AV, denoised: AV) -> None:
+            if step + 1 != early_step(steps):
+                return
+            scores.append(judge(denoised, sigma))
+            result = enter(number + 1) if number + 1 < len(seeds) else None
+            if result is not None or scores.index(max(scores)) != number:
+                raise _LostError(result)
+
+        try:
+            return attempt(seeds[number], after_step), seeds[number]
+        except _LostError as lost:
+            return lost.result
+
+    result = enter(0)
+    assert result is not None and len(scores) == len(seeds)
+    return *result, scores
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """Scores a clip's latents against its prompt. Built by `open_verdict`."""
+
+    models: ModelSet
+    path: Path
+    text: Tensor  # (1, S, D)
+    mask: Tensor  # (1, S)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        latents: AV,  # video (1, C, F, H, W), audio (1, z, T, bins); one may be None
+        sigma: float,  # at which they were estimated; 0 for a finished clip
+        video_grid: VideoGrid | None,
+        audio_grid: AudioGrid | None,
+    ) -> dict[str, float]:
+        """A log odds for each axis that can be judged; they add up."""
+        device = self.models.device
+
+        def ready(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.to(device, torch.float32)
+
+        with self.models.reward(self.path) as reward:
+            scores = reward(
+                ready(latents.video),
+                ready(latents.audio),
+                self.text,
+                self.mask,
+                torch.full((1,), sigma, device=device),
+                video_positions=None if video_grid is None else ready(video_grid.positions()),
+                audio_positions=None if audio_grid is None else ready(audio_grid.positions()),
+            )
+        return {axis: float(score) for axis, score in scores.items()}
+
+
+def open_verdict(models: ModelSet, prompt: str, reward: Path | None = None) -> Verdict:
+    """The judge of clips of a prompt; the reward model is the one beside the model by default."""
+    path = companions.reward_model(models.checkpoint, reward)
+    identity = {"kind": "reward text", "text": prompt}
+    known = models.recall(identity, "text_encoder")
+    if known is None:
+        with models.text_encoder() as encoder:
+            hidden, mask = encoder.encode([prompt])
+        known = {"text": text_states(hidden), "mask": mask}
+        models.keep(identity, known, "text_encoder")
+    text = known["text"].to(models.device, torch.float32)
+    return Verdict(models, path, text, known["mask"].to(models.device))
+
+
+def check_best_of(models: ModelSet, request: GenerationRequest) -> None:
+    """Raises InputError where the seeds of a resolved request could not be judged."""
+    if request.best_of == 1:
+        return
+    if len(request.windows(models.profile.scale.time)) > 1:
+        raise InputError(
+            "best_of judges a clip that is made at once; leave out window_frames, or best_of."
+        )
+    companions.reward_model(models.checkpoint, None)
