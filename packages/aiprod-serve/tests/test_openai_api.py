@@ -223,4 +223,17 @@ def test_camera_motion_adds_the_lora_beside_the_model(
     video = finish(create(client, camera_motion="dolly_in")["id"])
     (tmp_path / "c.mp4").write_bytes(client.get(f"/v1/videos/{video['id']}/content").content)
     (lora,) = read_recipe(tmp_path / "c.mp4")["request"]["loras"]
-    assert Path(lora["path"]).name == "tiny-lora-camera-control-dolly-in.safetensors"
+    assert lora["path"] == "tiny-lora-camera-control-dolly-in.safetensors"
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_no_folder_of_the_server_is_named_in_a_clip_or_a_refusal(
+    client: TestClient, finish: Finish, tiny_model: Path, tmp_path: Path, is_streamed: bool
+):
+    video = finish(create(client, camera_motion="dolly_in", stream=is_streamed)["id"])
+    content = client.get(f"/v1/videos/{video['id']}/content").content
+    folders = [str(tiny_model.parent), str(tmp_path)]
+    assert not any(folder.encode() in content for folder in folders)
+    answer = client.post("/v1/videos", json={"prompt": PROMPT, "pipeline": "two-stages"})
+    assert answer.status_code == 400 and "upscaler" in answer.text
+    assert not any(folder in answer.text for folder in folders)

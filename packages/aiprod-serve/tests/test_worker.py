@@ -140,6 +140,34 @@ def test_a_job_that_is_deleted_while_it_runs_leaves_nothing(
     assert list((idle.files.root / "work").iterdir()) == []
 
 
+def test_a_job_that_is_deleted_while_it_is_written_is_no_error(
+    idle: Worker,
+    store: JobStore,
+    new_job: New,
+    client: TestClient,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    new, _ = store.submit(new_job())
+    write = workers.write
+
+    def delete_then_write(*arguments, **options) -> None:
+        assert client.delete(f"/v1/videos/{new.id}").json()["deleted"]
+        write(*arguments, **options)
+
+    monkeypatch.setattr(workers, "write", delete_then_write)
+    job = store.claim("idle/0", ["tiny"], lease_s=30)
+    assert job is not None
+    idle.work_on(job)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    for folder in ("work", "latents", "results"):
+        assert list((idle.files.root / folder).iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.chdir(idle.settings.data_dir)
+    store.submit(new_job())
+    assert work_once(idle).status == "completed"
+
+
 def test_a_result_is_whole_when_the_job_is_completed(idle: Worker, store: JobStore, new_job: New):
     store.submit(new_job())
     done = work_once(idle)

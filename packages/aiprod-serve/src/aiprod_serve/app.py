@@ -24,7 +24,7 @@ from aiprod_core.errors import InputError
 from aiprod_pipelines.request import PerModality
 from aiprod_serve import ltx, openai, pages, streams
 from aiprod_serve.context import ERRORS, Context, Meter, Reader, Served
-from aiprod_serve.errors import ApiError, error_response
+from aiprod_serve.errors import ApiError, error_response, without_folders
 from aiprod_serve.metrics import Metrics
 from aiprod_serve.schemas import Generation, Model, ModelList, VideoCreate, VideoRemix
 from aiprod_serve.security import Guard
@@ -175,7 +175,7 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_input_error(request: Request, error: Exception) -> JSONResponse:
-    return error_response(ApiError(400, str(error), code="invalid_request"))
+    return error_response(ApiError(400, without_folders(str(error)), code="invalid_request"))
 
 
 async def _on_no_storage(request: Request, error: Exception) -> JSONResponse:

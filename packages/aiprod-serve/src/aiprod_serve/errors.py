@@ -1,9 +1,13 @@
 """Errors as OpenAI's API tells them: {"error": {"message", "type", "param", "code"}}."""
 
+import re
 from collections.abc import Mapping
 
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
+
+# The folders of an absolute path, not those of a URL.
+FOLDERS = re.compile(r"(?<![\w/.:])/(?:[^\s/:;,'\"]+/)+")
 
 TYPES = {
     401: "authentication_error",
@@ -28,6 +32,11 @@ class ApiError(HTTPException):
     ) -> None:
         super().__init__(status, message, dict(headers) if headers else None)
         self.code, self.param = code, param
+
+
+def without_folders(message: str) -> str:
+    """A sentence that names files of this machine by their names alone: clients may read it."""
+    return FOLDERS.sub("", message)
 
 
 def error_response(error: HTTPException) -> JSONResponse:

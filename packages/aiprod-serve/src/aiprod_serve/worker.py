@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,6 +38,7 @@ from aiprod_pipelines.pipeline import Pipeline
 from aiprod_pipelines.progress import Advance, Progress
 from aiprod_pipelines.request import GenerationRequest
 from aiprod_serve.database import Database
+from aiprod_serve.errors import without_folders
 from aiprod_serve.files import LIVE, PREVIEW, SPRITESHEET, THUMBNAIL, VIDEO, Files
 from aiprod_serve.jobs import Job, JobStore, Standing
 from aiprod_serve.settings import Settings
@@ -170,13 +172,13 @@ class Worker:
                 self.files.latents(job.id).unlink(missing_ok=True)
         except Exception as error:
             code, message = explain(error)
-            if code == "internal_error":
-                logger.exception("%s failed", job.id)
             self.files.discard_work(job)
             if code == "disk_full":
                 self.files.spend_reserve()
             self.files.latents(job.id).unlink(missing_ok=True)
-            self._insist(lambda: self.store.fail(job, code, message))
+            is_ours = self._insist(lambda: self.store.fail(job, code, message))
+            if is_ours and code == "internal_error":  # else its files went with it
+                logger.error("%s failed", job.id, exc_info=error)
         except BaseException:  # asked to stop: another worker goes on from the latents
             self.files.discard_work(job)
             self.store.release(job)
@@ -208,6 +210,7 @@ class Worker:
         if clip is None:
             clip = pipeline.run(request, progress=progress)
             save_clip(saved, clip)
+        clip.recipe = of_names(clip.recipe)
         write(clip, folder, is_streamed=job.is_streamed)
         timings = progress.seconds | {"total": time.monotonic() - started}
         if clip.latents.video is not None:
@@ -269,15 +272,14 @@ class Worker:
             except DBAPIError as error:
                 logger.warning("heartbeat failed: %s", error.orig)
 
-    def _insist(self, record: Callable[[], object]) -> None:
+    def _insist(self, record: Callable[[], bool]) -> bool:
         while True:
             try:
-                record()
-                return
+                return record()
             except DBAPIError as error:
                 logger.warning("not recorded yet: %s", error.orig)
                 if self._stopped.wait(1.0):
-                    return
+                    return False
 
 
 def explain(error: Exception) -> tuple[str, str]:
@@ -287,7 +289,7 @@ def explain(error: Exception) -> tuple[str, str]:
     if is_out_of_memory(error):
         return "out_of_memory", "out of memory; try fewer frames or a smaller picture."
     if isinstance(error, InputError):
-        return "invalid_request", str(error)
+        return "invalid_request", without_folders(str(error))
     return "internal_error", f"the clip could not be made ({type(error).__name__})."
 
 
@@ -338,6 +340,32 @@ def load_clip(path: Path, pipeline: Pipeline, progress: Progress) -> Clip | None
 
 
 # The files of a result.
+
+
+def of_names(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe that names the operator's files, as LoRAs, without their folders.
+
+    It leaves the server in the clip. What came from the client is relative already; see files.py.
+    """
+    names = {path: Path(path).name for path in recipe["inputs"] if os.path.isabs(path)}
+    model, encoder = recipe["model"], recipe["text_encoder"]
+    if os.path.isabs(model["name"]):
+        model = model | {"name": Path(model["name"]).name}
+    if os.path.isabs(encoder["source"] or ""):
+        encoder = encoder | {"source": None}  # the model's, or given again
+    inputs = {names.get(path, path): digest for path, digest in recipe["inputs"].items()}
+    request = _renamed(recipe["request"], names)
+    return recipe | {
+        "request": request, "inputs": inputs, "model": model, "text_encoder": encoder
+    }  # fmt: skip
+
+
+def _renamed(value: Any, names: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _renamed(item, names) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_renamed(item, names) for item in value]
+    return names.get(value, value) if isinstance(value, str) else value
 
 
 def write(clip: Clip, folder: Path, *, is_streamed: bool) -> None:
