@@ -81,8 +81,8 @@ class DistillConfig(Section):
     fake_warmup: int = Field(10, ge=0)  # matching steps in which the fake score learns alone
     matching_depth: int = Field(1, ge=1)  # of the student's last steps, how many matching changes
     batch_size: int = Field(16, ge=1)
-    muon_lr: float = 1e-3  # of whole matrices
-    adamw_lr: float = 3e-4  # of the rest, and of LoRAs
+    muon_lr: float = 3e-4  # of whole matrices
+    adamw_lr: float = 1e-4  # of the rest, and of LoRAs
     matching_lr: float = 0.1  # share of the rates that matching starts from
     warmup_steps: int = 10
     max_grad_norm: float = 1.0
