@@ -303,6 +303,15 @@ def generate(
         int | None,
         typer.Option(help="Frames that two windows share; default: a quarter of the window."),
     ] = None,
+    heal: Annotated[
+        bool,
+        typer.Option(
+            "--heal",
+            help="Look for defects (frozen, black, grey, seams, clipping, silence, out of sync) "
+            "and make the guilty spans anew.",
+        ),
+    ] = False,
+    heal_budget: Annotated[int, typer.Option(help="Retakes that --heal makes at most.", min=1)] = 4,
     stream: Annotated[
         bool,
         typer.Option(
@@ -432,6 +441,7 @@ def open_request(
         generate_audio=not options["no_audio"],
         distilled_lora=LoraFile.parse(distilled_lora) if distilled_lora else None,
         step_cache=options["cache"],
+        heal=options["heal_budget"] if options["heal"] else 0,
         **scales,
     )
     opened = find_pipeline(options["pipeline"]).from_model(

@@ -30,6 +30,7 @@ class Clip:
     latents: AV
     progress: Progress = field(default_factory=Progress)
     soundtrack: media.Audio | None = None  # a given sound, which stands for the latents' own
+    healing: dict[str, Any] | None = None  # what was found and mended, where that was asked for
     _to_come: Iterator[stages.Latents] = field(default_factory=lambda: iter(()), repr=False)
     _final: dict[str, int] | None = None  # latent frames that stay as they are; None = all
     _at_once: int | None = None  # latent frames that a stream decodes together
@@ -73,7 +74,7 @@ class Clip:
         if self.models.quantization is not None:
             computed_on["quantization"] = self.models.quantization
         with analytics.span("recipe"):
-            return make_recipe(
+            recipe = make_recipe(
                 self.pipeline,
                 self.models.name,
                 self.models.checkpoint,
@@ -83,6 +84,7 @@ class Clip:
                 self.models.text_encoder_source,
                 self.models.other_parts,
             )
+        return recipe if self.healing is None else recipe | {"healing": self.healing}
 
     def save(self, path: str | Path) -> Path:
         """Writes an MP4 that carries the recipe; a clip without picture also as WAV, FLAC or M4A.
@@ -155,6 +157,7 @@ class Clip:
             "peak_memory_mib": round(peak_memory_mib(self.models.device), 1),
             "enlarge": self.request.enlarge,
             "latents_sha256": self.recipe["latents_sha256"],
+            "healing": self.healing,
         }
 
 

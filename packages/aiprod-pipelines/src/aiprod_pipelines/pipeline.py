@@ -84,8 +84,12 @@ class Pipeline(ABC):
         first = next(windows)
         clip = Clip(self.name, self.models, request, first.clip, progress, self.soundtrack(request))
         clip.expect(windows, first.final)
-        if not is_streamed:
+        if not is_streamed or request.heal:
             clip.finish()
+        if request.heal:
+            from aiprod_pipelines.heal import heal
+
+            clip = heal(self, clip)
         return clip
 
     @abstractmethod
@@ -185,6 +189,9 @@ class Pipeline(ABC):
                 raise InputError(f"{self.name} does not use {flag}; try --pipeline {other}.")
             if field in self.needs and not given:
                 raise InputError(f"{self.name} needs {flag}.")
+        # A retake would forget a control or a source, and needs a picture.
+        if request.heal and (request.controls or request.source or self.name == "text-to-audio"):
+            raise InputError(f"{self.name} cannot heal its clips; leave out --heal.")
 
 
 def distilled_profile(profile: ModelProfile, models: ModelSet) -> ModelProfile:

@@ -233,6 +233,7 @@ class GenerationRequest:
     window_frames: int | None = None  # what the model sees of a long clip at once; None = all
     window_overlap: int | None = None  # frames; None = a quarter of the window
     skip_stage_2: bool = False  # first stage only, at full size
+    heal: int = 0  # retakes at most that mend the clip's defects (heal.py); 0 = it is not judged
     enlarge: int = 1  # integer factor for viewing, applied when the file is written
     enlarge_method: str = "bicubic"
     crf: int = 19  # quality of the written H.264; lower is better
@@ -278,6 +279,7 @@ class GenerationRequest:
             ("nag_alpha", 0.0, 1.0, False),
             ("window_frames", 1, math.inf, True),
             ("window_overlap", 1, math.inf, True),
+            ("heal", 0, 100, True),
         ):
             value = getattr(self, name)
             if value is not None:

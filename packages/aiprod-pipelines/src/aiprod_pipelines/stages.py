@@ -467,7 +467,10 @@ def denoise(
                             progress.note(f"out of memory: going on with {way}")
                         return way is not None
 
+                    end_step = analytics.laps("step")
+
                     def after_step(step: int, sigma: float, x: AV, denoised: AV) -> None:
+                        end_step()
                         advance(1)
                         progress.preview(lambda: _latents(place(denoised), states))
 

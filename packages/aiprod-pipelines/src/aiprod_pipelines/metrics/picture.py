@@ -120,6 +120,29 @@ def seam(frames: np.ndarray) -> Seam | None:
     return max(found, key=lambda s: s.levels)
 
 
+def seam_spans(
+    frames: np.ndarray, fps: float, *, threshold: float = 8.0, min_frames: int = 3
+) -> tuple[Span, ...]:
+    """Spans in which a seam of `threshold` levels stays at one line for `min_frames` or longer.
+
+    A row counts only beyond what it has in the frames where it has least: a horizon is no seam, nor
+    is a row seam that lasts all through.
+    """
+    luma = _luma(frames)
+    if min(luma.shape[1:]) < 8:
+        return ()
+    found = np.zeros(len(frames), dtype=bool)
+    for axis in (2, 1):
+        step = np.median(np.diff(luma, axis=axis), axis=3 - axis)  # (F, W - 1) or (F, H - 1)
+        excess = np.abs(step - ndimage.median_filter(step, (1, 5), mode="nearest"))
+        if axis == 1:
+            excess = excess - excess.min(axis=0)
+        for line in (excess > threshold).T:
+            for start, stop in runs(line):
+                found[start:stop] |= stop - start >= min_frames
+    return _spans(found, fps)
+
+
 def runs(mask: np.ndarray) -> list[tuple[int, int]]:
     """(start, stop) of each stretch of true values."""
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))

@@ -64,9 +64,25 @@ def silent_spans(
     audio: Audio, *, below_db: float = SILENT_DB, min_s: float = 0.25
 ) -> tuple[Span, ...]:
     """Spans of at least `min_s` in which every 10 ms stay below `below_db` (root mean square)."""
-    levels, step_s = _levels_db(audio, 0.01)
+    levels, step_s = levels_db(audio, 0.01)
     spans = [Span(a * step_s, b * step_s) for a, b in runs(levels < below_db)]
     return tuple(span for span in spans if span.duration_s >= min_s - 1e-9)
+
+
+def cut_off_spans(
+    audio: Audio, *, from_db: float = -35.0, below_db: float = SILENT_DB, min_s: float = 0.1
+) -> tuple[Span, ...]:
+    """Silent spans of at least `min_s` that sound falls into, or comes out of, all at once: by the
+    10 ms from over `from_db` to under `below_db`. What dies away takes longer; sound may begin at
+    once by right, so only a span that it falls into counts."""
+    levels, step_s = levels_db(audio, 0.01)
+    return tuple(
+        Span(start * step_s, stop * step_s)
+        for start, stop in runs(levels < below_db)
+        if (stop - start) * step_s >= min_s - 1e-9
+        and start >= 2
+        and levels[start - 2 : start].max() > from_db
+    )
 
 
 def is_finite(audio: Audio) -> bool:
@@ -116,7 +132,7 @@ def onset_strength(audio: Audio, step_s: float = 0.005) -> np.ndarray:
     return ndimage.gaussian_filter1d(rise, 0.8)
 
 
-def _levels_db(audio: Audio, window_s: float) -> tuple[np.ndarray, float]:
+def levels_db(audio: Audio, window_s: float) -> tuple[np.ndarray, float]:
     """Level of the loudest channel in each whole window, and the windows' length in seconds."""
     size = max(round(window_s * audio.sample_rate), 1)
     count = audio.samples.shape[1] // size
