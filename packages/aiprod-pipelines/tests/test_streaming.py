@@ -7,10 +7,16 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 
+from aiprod_core.components import denoising
 from aiprod_core.errors import InputError
-from aiprod_pipelines import media
+from aiprod_pipelines import media, stages
+from aiprod_pipelines.catalog import find_pipeline
+from aiprod_pipelines.components import ModelSet
+from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.recipe import read_recipe
+from aiprod_pipelines.replay import open_replay
 from aiprod_pipelines.streaming import write_stream
 from aiprod_pipelines.ti2vid_one_stage import TI2VidOneStagePipeline
 
@@ -112,3 +118,73 @@ def test_a_pipelines_stream_is_its_clip_with_its_recipe(tiny_model: Path, tmp_pa
     assert np.abs(blocks - others).mean() < 3 < np.abs(blocks[1:] - others[:-1]).mean()
     assert clip.audio is not None
     assert media.read_audio(path).duration_s == pytest.approx(121 / 12, abs=0.1)
+
+
+WINDOWS = {"num_frames": 41, "window_frames": 17, "window_overlap": 4, "seed": 3}
+
+
+@pytest.mark.parametrize("name", ["distilled", "two-stages"])
+def test_a_stream_of_windows_begins_before_the_second_is_made_and_is_the_whole_clip(
+    name: str, tiny_family: Path, tmp_path: Path, monkeypatch
+):
+    pipeline = find_pipeline(name).from_model(
+        str(tiny_family / "tiny-dev.safetensors"), device="cpu"
+    )
+    settings = WINDOWS | ({} if name == "distilled" else {"num_inference_steps": 2})
+    windows: list[int] = []
+    original = denoising.denoise
+    monkeypatch.setattr(
+        denoising, "denoise", lambda *args, **kw: windows.append(1) or original(*args, **kw)
+    )
+    stream = pipeline.stream("a red ball", **settings)
+    segments = [next(stream)]
+    assert len(windows) == 2  # in both stages
+    assert count_frames(segments[0]) >= 2
+    segments += stream
+    assert len(windows) == 3 * 2
+    path = tmp_path / "clip.mp4"
+    write_stream(segments, path)
+
+    whole = pipeline("a red ball", **settings)
+    assert read_recipe(path) == whole.recipe  # the hash of the latents too
+    other = tmp_path / "whole.mp4"
+    write_stream(whole.stream(), other)
+    streamed, expected = (np.stack(list(media.read_frames(p))) for p in (path, other))
+    assert streamed.shape[0] == 41 and np.array_equal(streamed, expected)
+    assert np.array_equal(media.read_audio(path).samples, media.read_audio(other).samples)
+    assert (
+        open_replay(path, device="cpu").run().recipe["latents_sha256"]
+        == (whole.recipe["latents_sha256"])
+    )
+
+
+def test_sound_decoded_in_parts_is_the_sound_decoded_whole():
+    models = ModelSet.open("nano", device="cpu")
+    count, duration_s = 60, 2.4
+    latent = torch.randn(1, 2, count, 16, generator=torch.Generator().manual_seed(0))
+    asked: list[int] = []
+
+    def until(n: int) -> torch.Tensor:
+        asked.append(n)
+        made = latent.clone()
+        made[:, :, max(n, 1) :] = torch.nan  # what is not made yet must not be heard
+        return made
+
+    streamed = stages.decode_audio_parts(models, until, duration_s, Progress())
+    parts = list(streamed.parts)
+    whole = stages.decode_audio(models, latent, duration_s, Progress())
+    assert len(parts) == 3 and asked == [0, 20, 45, 60]
+    assert np.abs(np.concatenate(parts, axis=1) - whole.samples).max() < 1e-4
+    assert streamed.sample_rate == whole.sample_rate
+
+
+def test_a_stage_within_another_does_not_count_twice(monkeypatch):
+    now = iter([0.0, 1.0, 4.0, 4.0, 6.0, 10.0])
+    monkeypatch.setattr("aiprod_pipelines.progress.time.monotonic", lambda: next(now))
+    progress = Progress()
+    with progress.stage("decode"):
+        with progress.stage("denoise"):
+            pass
+        with progress.stage("denoise"):
+            pass
+    assert progress.seconds == {"denoise": 5.0, "decode": 5.0}

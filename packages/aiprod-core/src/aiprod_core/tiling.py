@@ -100,11 +100,13 @@ def decode_chunks(
     *,
     timestep: Tensor | None = None,
     generator: torch.Generator | None = None,
+    ready: Callable[[int], None] | None = None,
 ) -> Iterator[Tensor]:
     """Decodes normalised latents (B, C, F, H, W) and yields pixels (B, 3, frames, H, W) in order.
 
-    Memory holds one tile in time, whatever the clip's length. Raises InputError for a tiling that
-    does not fit the VAE's factors, before anything is decoded.
+    Memory holds one tile in time, whatever the clip's length. `ready(n)` is called before latent
+    frames up to n are first read: a clip in the making is written into `latent` then. Raises
+    InputError for a tiling that does not fit the VAE's factors, before anything is decoded.
     """
     num_latents, *size = latent.shape[2:]
     # A tile one latent wide cannot be padded by reflection.
@@ -118,7 +120,7 @@ def decode_chunks(
         )
     )
     decode = partial(decoder, timestep=timestep, generator=generator)
-    return _decode_spans(decode, latent, times, rows, columns)
+    return _decode_spans(decode, latent, times, rows, columns, ready)
 
 
 def _decode_spans(
@@ -127,9 +129,12 @@ def _decode_spans(
     times: list[Span],
     rows: list[Span],
     columns: list[Span],
+    ready: Callable[[int], None] | None,
 ) -> Iterator[Tensor]:
     pending = None  # what earlier tiles gave to the frames from this tile's first on
     for index, time in enumerate(times):
+        if ready is not None:
+            ready(time.latent.stop)
         pixels = _decode_plane(decode, latent[:, :, time.latent], rows, columns)
         if len(times) > 1:
             pixels *= time.weights[:, None, None]

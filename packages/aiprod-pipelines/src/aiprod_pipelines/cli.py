@@ -538,7 +538,7 @@ def write_clip(
 
     with analytics.span("plan"):
         request, plan = settle(pipeline, request, progress)
-    clip = pipeline.run(request, progress=progress)
+    clip = pipeline.run(request, progress=progress, is_streamed=is_streamed)
     if not is_first():
         return  # another process writes the same clip
     if is_streamed:

@@ -4,7 +4,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,16 @@ from aiprod_core.types import AV
 from aiprod_pipelines import analytics, media, stages
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
-from aiprod_pipelines.recipe import circumstances, embed, make_recipe
+from aiprod_pipelines.recipe import circumstances, embed, make_recipe, trailer
 from aiprod_pipelines.request import GenerationRequest
 
 
 @dataclass
 class Clip:
-    """A clip as latents. `save` decodes it chunk by chunk into a file; nothing is decoded twice."""
+    """A clip as latents. `save` decodes it chunk by chunk into a file; nothing is decoded twice.
+
+    One that is to be streamed may have windows to come: its latents are made as they are decoded.
+    """
 
     pipeline: str
     models: ModelSet
@@ -37,15 +40,21 @@ class Clip:
 
     def expect(self, windows: Iterator[stages.Latents], final: dict[str, int]) -> None:
         """Says that of these latents only `final` are made, and the others will come."""
-        self._to_come, self._final = windows, final
         if len(self.request.windows(self.models.profile.scale.time)) > 1:
-            self._at_once = final.get("video")
+            self._to_come, self._final, self._at_once = windows, final, final.get("video")
 
     def finish(self) -> None:
         """Makes what is still to come."""
         for made in self._to_come:
             self.latents = made.clip
         self._final = None
+
+    def _until(self, modality: str, count: int) -> Tensor:
+        """A modality's latent, with `count` frames of it made."""
+        while self._final is not None and self._final[modality] < count:
+            made = next(self._to_come)
+            self.latents, self._final = made.clip, made.final
+        return getattr(self.latents, modality)
 
     def frames(self, *, is_streamed: bool = False) -> Iterator[Tensor]:
         """Chunks (frames, height, width, 3) of uint8, in order, at the model's own size."""
@@ -56,6 +65,8 @@ class Clip:
             self.progress,
             tile=self.request.tile,
             is_streamed=is_streamed,
+            at_once=self._at_once,
+            until=partial(self._until, "video") if self._final is not None else None,
         )
 
     @cached_property
@@ -69,6 +80,9 @@ class Clip:
     @cached_property
     def recipe(self) -> dict[str, Any]:
         """All that is needed to make the clip again, and a hash of its latents."""
+        return self._make_recipe(is_whole=True)
+
+    def _make_recipe(self, *, is_whole: bool) -> dict[str, Any]:
         latents = {"video": self.latents.video, "audio": self.latents.audio}
         computed_on = circumstances(self.models.device, self.models.dtype)
         if self.models.quantization is not None:
@@ -79,7 +93,9 @@ class Clip:
                 self.models.name,
                 self.models.checkpoint,
                 self.request,
-                {name: latent for name, latent in latents.items() if latent is not None},
+                {name: latent for name, latent in latents.items() if latent is not None}
+                if is_whole
+                else None,
                 computed_on,
                 self.models.text_encoder_source,
                 self.models.other_parts,
@@ -125,13 +141,32 @@ class Clip:
             width=width,
             method=self.request.enlarge_method,
         )
-        return media.fragments(
+        is_whole = self._final is None
+        yield from media.fragments(
             chunks,
             self.request.shape.fps,
-            audio=self.audio,
-            metadata=embed(self.recipe),
+            audio=self._streamed_audio(),
+            metadata=embed(self.recipe if is_whole else self._make_recipe(is_whole=False)),
             crf=self.request.crf,
         )
+        self.finish()
+        if not is_whole:
+            yield trailer(self.recipe["latents_sha256"])
+
+    def _streamed_audio(self) -> media.Audio | media.StreamedAudio | None:
+        """The sound of a clip in windows a second at a time; else as it is."""
+        if self._at_once is None or self.soundtrack is not None or self.latents.audio is None:
+            return self.audio
+        duration_s = self.request.shape.duration_s
+        until = partial(self._until, "audio")
+        return stages.decode_audio_parts(self.models, until, duration_s, self.progress)
+
+    @property
+    def sample_rate(self) -> int | None:
+        """Of the written sound, in Hz; None in a silent clip."""
+        if self.soundtrack is not None:
+            return self.soundtrack.sample_rate
+        return None if self.latents.audio is None else self.models.sample_rate
 
     @property
     def size(self) -> tuple[int, int]:
@@ -152,7 +187,7 @@ class Clip:
             "height": height if has_picture else None,
             "num_frames": self.request.num_frames if has_picture else 0,
             "frame_rate": self.request.frame_rate,
-            "audio_sample_rate": self.audio.sample_rate if self.audio else None,
+            "audio_sample_rate": self.sample_rate,
             "seconds": {name: round(s, 3) for name, s in self.progress.seconds.items()},
             "peak_memory_mib": round(peak_memory_mib(self.models.device), 1),
             "enlarge": self.request.enlarge,

@@ -27,7 +27,7 @@ from aiprod_core.model.text_encoder import TextEncoder
 from aiprod_core.model.transformer import Transformer, TransformerConfig
 from aiprod_core.model.upsampler import LatentUpsampler
 from aiprod_core.model.video_vae import VideoDecoder, VideoEncoder
-from aiprod_core.model.vocoder import Vocoder
+from aiprod_core.model.vocoder import Vocoder, VocoderConfig
 from aiprod_core.parallel import WAYS, join
 from aiprod_core.quantization.schemes import check_scheme
 from aiprod_pipelines import analytics, companions, recipe
@@ -171,6 +171,11 @@ class ModelSet:
     @property
     def audio_config(self) -> AudioVAEConfig:
         return AudioVAEConfig.from_metadata(self.checkpoint.section("audio_vae"))
+
+    @property
+    def sample_rate(self) -> int:
+        """Of the vocoder's sound, in Hz."""
+        return VocoderConfig.from_metadata(self.checkpoint.section("vocoder")).output_sampling_rate
 
     def use(self, name: str, network: Any) -> None:
         """Lends `network` in place of the file's: a transformer in training, texts known before.

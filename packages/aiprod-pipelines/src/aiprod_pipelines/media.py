@@ -68,6 +68,14 @@ class Audio:
 
 
 @dataclass(frozen=True)
+class StreamedAudio:
+    """A stereo sound in parts that are made as they are asked for, one after the other."""
+
+    parts: Iterator[Samples]  # (2, samples) each
+    sample_rate: int
+
+
+@dataclass(frozen=True)
 class MediaInfo:
     """What a file holds; fields of an absent track are None. `metadata` is the container's."""
 
@@ -289,14 +297,14 @@ def fragments(
     chunks: Iterable[Any],
     fps: float,
     *,
-    audio: Audio | None = None,
+    audio: Audio | StreamedAudio | None = None,
     metadata: Mapping[str, str] | None = None,
     crf: int = 19,
 ) -> Iterator[bytes]:
     """Yields the parts of a fragmented MP4, each as soon as its frames are encoded.
 
     Arguments are those of `write_video`. Put together, the parts are one file, which plays while it
-    grows; the first holds the header and the metadata.
+    grows; the first holds the header and the metadata. A sound may come in parts, too.
     """
     rate = Fraction(fps).limit_denominator(1001)
     written = _Drain()
@@ -448,7 +456,7 @@ def _encode(
     container: OutputContainer,
     chunks: Iterable[Any],
     rate: Fraction,
-    audio: Audio | None,
+    audio: Audio | StreamedAudio | None,
     crf: int,
     *,
     is_live: bool = False,
@@ -512,11 +520,15 @@ class _Drain(io.RawIOBase):
 class _SoundTrack:
     """The sound on its way into the container, a stretch at a time."""
 
-    def __init__(self, container: OutputContainer, audio: Audio, codec: str = "aac"):
-        channels, _ = audio.samples.shape
+    def __init__(
+        self, container: OutputContainer, audio: Audio | StreamedAudio, codec: str = "aac"
+    ):
+        channels = 2 if isinstance(audio, StreamedAudio) else audio.samples.shape[0]
         if channels not in (1, 2):
             raise InputError(f"Sound must have 1 or 2 channels; got {channels}.")
-        self.container, self.audio, self.position = container, audio, 0
+        self.container, self.sample_rate, self.position = container, audio.sample_rate, 0
+        self.parts = audio.parts if isinstance(audio, StreamedAudio) else iter((audio.samples,))
+        self.waiting: Samples = np.zeros((channels, 0), np.float32)
         layout = "stereo" if channels == 2 else "mono"
         stream = container.add_stream(codec, rate=audio.sample_rate, layout=layout)
         assert isinstance(stream, AudioStream)
@@ -525,18 +537,26 @@ class _SoundTrack:
             self.stream.bit_rate = 96_000 * channels
 
     def write_until(self, time_s: float) -> None:
-        end = min(round(time_s * self.audio.sample_rate), self.audio.samples.shape[1])
-        if end > self.position:
-            piece = _to_audio_frame(
-                self.audio.samples[:, self.position : end], self.audio.sample_rate
-            )
-            piece.pts, piece.time_base = self.position, Fraction(1, self.audio.sample_rate)
-            self.container.mux(self.stream.encode(piece))
-            self.position = end
+        """Writes what comes before a time, or all where there is less."""
+        wanted = round(time_s * self.sample_rate) - self.position
+        while wanted > self.waiting.shape[1] and (part := next(self.parts, None)) is not None:
+            self.waiting = np.concatenate([self.waiting, part], axis=1)
+        self._write(max(0, wanted))
 
     def finish(self) -> None:
-        self.write_until(self.audio.duration_s)
+        self._write(self.waiting.shape[1])
+        for part in self.parts:
+            self.waiting = part
+            self._write(part.shape[1])
         self.container.mux(self.stream.encode())
+
+    def _write(self, count: int) -> None:
+        piece, self.waiting = self.waiting[:, :count], self.waiting[:, count:]
+        if piece.shape[1]:
+            frame = _to_audio_frame(piece, self.sample_rate)
+            frame.pts, frame.time_base = self.position, Fraction(1, self.sample_rate)
+            self.container.mux(self.stream.encode(frame))
+            self.position += piece.shape[1]
 
 
 def _add_video_stream(

@@ -62,10 +62,12 @@ class Pipeline(ABC):
     ) -> Iterator[bytes]:
         """Makes a clip and yields it as segments of one MP4, the first while the rest is latents.
 
-        Arguments are those of a call. Requests are checked, and the clip denoised, on the first
-        segment.
+        Arguments are those of a call. Requests are checked on the first segment, and with
+        `window_frames` no more is denoised for it than the first window.
         """
-        yield from self(prompt, progress=progress, **settings).stream()
+        with analytics.run("call"):
+            request = GenerationRequest(prompt=prompt, **settings)
+            yield from self.run(request, progress=progress, is_streamed=True).stream()
 
     def run(
         self,
@@ -84,7 +86,7 @@ class Pipeline(ABC):
         first = next(windows)
         clip = Clip(self.name, self.models, request, first.clip, progress, self.soundtrack(request))
         clip.expect(windows, first.final)
-        if not is_streamed or request.heal:
+        if not is_streamed or request.heal or not self.models.stays_loaded:
             clip.finish()
         if request.heal:
             from aiprod_pipelines.heal import heal

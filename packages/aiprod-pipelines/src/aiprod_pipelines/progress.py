@@ -11,20 +11,27 @@ Advance = Callable[[int], None]
 
 
 class Progress:
-    """Times named stages in `seconds`; a name that comes back adds up. Subclasses show them."""
+    """Times named stages in `seconds`; a name that comes back adds up. Subclasses show them.
+
+    The time of a stage is without that of stages within it.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self._within = 0.0  # seconds of stages within the one that runs
 
     @contextmanager
     def stage(self, name: str, total: int = 1) -> Iterator[Advance]:
         """Runs a stage of `total` parts; the block calls what it is given with parts done."""
-        started = time.monotonic()
+        started, outer = time.monotonic(), self._within
+        self._within = 0.0
         try:
             with analytics.span(name), self.show(name, total) as advance:
                 yield advance
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - started
+            spent = time.monotonic() - started
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent - self._within
+            self._within = outer + spent
 
     @contextmanager
     def show(self, name: str, total: int) -> Iterator[Advance]:
@@ -45,6 +52,7 @@ class RichProgress(Progress):
         from rich.console import Console
 
         self.console = Console(stderr=True, highlight=False)
+        self._bars: Any = None  # of the outermost stage, which show those within it too
 
     @contextmanager
     def show(self, name: str, total: int) -> Iterator[Advance]:
@@ -55,6 +63,11 @@ class RichProgress(Progress):
             yield lambda done: None
             self.console.print(f"{name}: {time.monotonic() - started:.1f} s", soft_wrap=True)
             return
+        if self._bars is not None:
+            task = self._bars.add_task(name, total=total)
+            yield lambda done: self._bars.advance(task, done)
+            self._bars.remove_task(task)
+            return
         columns = (
             progress.TextColumn("{task.description:<16}"),
             progress.BarColumn(),
@@ -63,8 +76,11 @@ class RichProgress(Progress):
             progress.TimeRemainingColumn(compact=True),
         )
         with progress.Progress(*columns, console=self.console) as bars:
-            task = bars.add_task(name, total=total)
-            yield lambda done: bars.advance(task, done)
+            self._bars, task = bars, bars.add_task(name, total=total)
+            try:
+                yield lambda done: bars.advance(task, done)
+            finally:
+                self._bars = None
             bars.update(task, completed=total)
 
     def note(self, text: str) -> None:

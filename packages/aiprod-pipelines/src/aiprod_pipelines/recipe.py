@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import platform
+import struct
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +24,10 @@ from aiprod_pipelines.request import GenerationRequest
 
 FORMAT = 1
 TAG = "comment"  # shown by players and kept by most tools that copy MP4 files
+# A stream begins before its latents are known, so their hash comes at its end: in a box of a kind
+# that players skip.
+TRAILER = struct.Struct(">I4s16s64s")
+TRAILER_NAME = b"latents_sha256"
 
 # Larger files are known by samples of their bytes, in milliseconds instead of minutes.
 WHOLE_FILE_LIMIT = 2**30
@@ -34,14 +39,15 @@ def make_recipe(
     model: str,
     checkpoint: Checkpoint,
     request: GenerationRequest,
-    latents: dict[str, Tensor],
+    latents: dict[str, Tensor] | None,
     computed_on: dict[str, str],
     text_encoder: Path | str | None = None,
     other_parts: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """`latents` are the final ones by modality; `computed_on` is what `circumstances` gives.
 
-    `other_parts` are files of a split model that were given besides `model`.
+    None stands for latents that are not made yet: their hash follows in a `trailer`. `other_parts`
+    are files of a split model that were given besides `model`.
     """
     return {
         "aiprod": FORMAT,
@@ -56,7 +62,7 @@ def make_recipe(
         "inputs": {str(path): input_sha256(path) for path in request.input_files},
         "computed_on": computed_on,
         "versions": versions(),
-        "latents_sha256": latents_sha256(latents),
+        "latents_sha256": None if latents is None else latents_sha256(latents),
     }
 
 
@@ -86,6 +92,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     try:
         recipe = json.loads(media.probe(path).metadata.get(TAG, ""))
         if isinstance(recipe, dict) and "aiprod" in recipe:
+            recipe["latents_sha256"] = recipe["latents_sha256"] or _read_trailer(Path(path))
             return recipe
     except ValueError:
         pass
@@ -93,6 +100,22 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         f"{path}: carries no AIPROD recipe; it was made by another program, or a tool that copied "
         "it dropped the metadata."
     )
+
+
+def trailer(digest: str) -> bytes:
+    """What ends a stream whose recipe was written before the hash of its latents was known."""
+    return TRAILER.pack(TRAILER.size, b"free", TRAILER_NAME, digest.encode())
+
+
+def _read_trailer(path: Path) -> str | None:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TRAILER.size))
+        end = file.read()
+    if len(end) != TRAILER.size:
+        return None
+    size, kind, name, digest = TRAILER.unpack(end)
+    is_ours = (size, kind, name.rstrip(b"\0")) == (TRAILER.size, b"free", TRAILER_NAME)
+    return digest.decode() if is_ours else None
 
 
 def latents_sha256(latents: dict[str, Tensor]) -> str:

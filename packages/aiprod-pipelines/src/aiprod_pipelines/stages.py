@@ -13,7 +13,7 @@ tokens, D context width.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,6 +38,7 @@ from aiprod_core.components.tiled_model import in_tiles
 from aiprod_core.components.windows import Place, denoise_in_windows
 from aiprod_core.errors import InputError, is_out_of_memory
 from aiprod_core.loader.lora import coverage, open_lora
+from aiprod_core.model.audio_vae import DOWNSAMPLE
 from aiprod_core.model.mel import log_mel
 from aiprod_core.model.transformer import Perturbations, Transformer
 from aiprod_core.model.upsampler import upsample_latent
@@ -638,11 +639,14 @@ def decode_video(
     *,
     tile: str = "auto",
     is_streamed: bool = False,
+    at_once: int | None = None,  # latent frames that a stream decodes together at most
+    until: Callable[[int], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Yields the clip as chunks (frames, height, width, 3) of uint8 on the CPU.
 
     Long or large clips are decoded in overlapping tiles, so that memory holds one tile in time;
-    `tile` is "auto" (as the free memory allows), "off" or WxHxF.
+    `tile` is "auto" (as the free memory allows), "off" or WxHxF. Of a clip in the making,
+    `until(n)` gives the latent with n frames of it made; `latent` then says no more than its shape.
     """
     scale = models.profile.scale
     num_frames = (latent.shape[2] - 1) * scale.time + 1
@@ -656,14 +660,21 @@ def decode_video(
             size=size,
             element_bytes=models.dtype.itemsize,
             is_streamed=is_streamed,
+            at_once=at_once,
         )
         free = models.free_memory()
         tiling = choose(tile, free_bytes=free)
-        latent = latent.to(models.device, models.dtype)
+        latent = latent.to(models.device, models.dtype, copy=until is not None)
+
+        def ready(count: int) -> None:
+            if until is not None:
+                latent[:, :, :count] = until(count)[:, :, :count]
+
         done = 0  # frames handed out
         while True:
             try:
-                chunks = decode_chunks(decoder, latent, tiling, generator=generator.manual_seed(0))
+                generator.manual_seed(0)
+                chunks = decode_chunks(decoder, latent, tiling, generator=generator, ready=ready)
                 for frames in analytics.each("frames", _from(done, chunks)):
                     done += len(frames)
                     advance(len(frames))
@@ -705,3 +716,44 @@ def decode_audio(
         missing = round(duration_s * sample_rate) - waveform.shape[1]
         waveform = torch.nn.functional.pad(waveform, (0, missing))  # negative padding cuts
         return media.Audio(waveform.cpu().numpy(), sample_rate)
+
+
+def decode_audio_parts(
+    models: ModelSet,
+    until: Callable[[int], Tensor],  # n to the latent (1, C, T, bins) with n frames of it made
+    duration_s: float,
+    progress: Progress,
+) -> media.StreamedAudio:
+    """The waveform of `decode_audio` in parts of a second, made as they are asked for.
+
+    Each is decoded with a second before it and a third after it, as far as the networks see. The
+    first is half as long, so that it is there early.
+    """
+    config = models.audio_config
+    sample_rate = models.sample_rate
+    total = round(duration_s * sample_rate)
+    per_frame = config.hop_length * sample_rate // config.sampling_rate  # of the mel
+    per_latent = DOWNSAMPLE * per_frame
+    # On a causal axis the first latent stands for a single frame of the mel.
+    early = 0 if config.causality_axis == "none" else (DOWNSAMPLE - 1) * per_frame
+    second = round(config.latents_per_second)
+
+    @torch.inference_mode()
+    def parts() -> Iterator[media.Samples]:
+        count = until(0).shape[2]
+        for start in (0, *range(second // 2, count, second)):
+            stop = min(start + second if start else second // 2, count)
+            first, last = max(0, start - second), min(stop + second // 3, count)
+            latent = until(last)[:, :, first:last].to(models.device, models.dtype)
+            with progress.stage("decode audio"):
+                with models.audio_decoder() as decoder:
+                    mel = decoder(latent)
+                with models.vocoder() as vocoder:
+                    waveform = vocoder(mel)[0].float().clamp(-1, 1)
+            begin = max(0, start * per_latent - early)
+            end = max(begin, stop * per_latent - early if stop < count else total)
+            shift = first * per_latent  # a tile of time begins with its first latent's last frame
+            part = waveform[:, begin - shift : end - shift]
+            yield F.pad(part, (0, end - begin - part.shape[1])).cpu().numpy()
+
+    return media.StreamedAudio(parts(), sample_rate)

@@ -52,6 +52,7 @@ def choose_tiling(
     element_bytes: int,
     free_bytes: int,
     is_streamed: bool = False,
+    at_once: int | None = None,  # latent frames that there are when a stream begins; None = all
 ) -> Tiling:
     """The tiling that `spec` asks for; "auto" looks at `free_bytes`, "off" decodes at once.
 
@@ -74,7 +75,10 @@ def choose_tiling(
         tile_width, tile_height, tile_frames = (int(part) for part in spec.split("x"))
         tile = {"frames": tile_frames, "height": tile_height, "width": tile_width}
         return Tiling(**{name: axes[name](size) for name, size in tile.items()}, fade=FADE)
-    lengths = (STREAMED_FRAMES,) if is_streamed else TILE_FRAMES
+    lengths = TILE_FRAMES
+    if is_streamed:
+        there = STREAMED_FRAMES if at_once is None else max(at_once, 2) * scale.time
+        lengths = (min(STREAMED_FRAMES, there),)
     for length in lengths:
         time = axes["frames"](_round_up(length, scale.time))
         for long_side in (None, *LONG_SIDES):
