@@ -151,6 +151,12 @@ def main() -> int:
         rows.append(measure(pipeline, clip, None) | {"is_true": is_true})
         spoilt = plant(clip, KINDS[number % len(KINDS)], rng)
         rows.append(measure(pipeline, spoilt, spoilt.fault) | {"is_true": is_true})
+        for row in rows[-2:]:
+            said = ", ".join(
+                f"{kind} {start:.2f}-{end:.2f}" for kind, _, start, end in row["found"]
+            )
+            state = "mended" if row["is_mended"] else f"left {row['left']}"
+            print(f"{row['planted'] or 'healthy'}: found {said or 'none'}; {state}", flush=True)
     result = figures(rows) | {
         "model": options.model,
         "clips": len(rows),
