@@ -43,11 +43,12 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=384, help="its height and width, in pixels")
     parser.add_argument("--tile", type=int, default=256, help="height and width of tiles of space")
     parser.add_argument("--base-frames", type=int, default=97, help="the shorter of two lengths")
+    parser.add_argument("--memory-size", type=int, default=128, help="sides of their pictures")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--decode-only", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.decode_only is not None:
-        print(peak_of_decoding(options.model, options.decode_only))
+        print(peak_of_decoding(options.model, options.decode_only, options.memory_size))
         return 0
     models = ModelSet.open(options.model)
     result: dict[str, Any] = {
@@ -164,6 +165,7 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
     for times in LENGTHS:
         frames = times * (options.base_frames - 1) + 1
         command = [sys.executable, __file__, "--model", options.model, "--decode-only", str(frames)]
+        command += ["--memory-size", str(options.memory_size)]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         peaks[frames] = float(output.split()[-1])
     short, long = peaks.values()
@@ -173,14 +175,14 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def peak_of_decoding(model: str, num_frames: int) -> float:
+def peak_of_decoding(model: str, num_frames: int, size: int) -> float:
     """MiB above the resident memory before decoding, by the kernel's high-water mark on Linux, or
     by PyTorch's on a GPU."""
     models = ModelSet.open(model)
     shape = (
         (num_frames - 1) // models.profile.scale.time + 1,
-        models.profile.height // models.profile.scale.height,
-        models.profile.width // models.profile.scale.width,
+        size // models.profile.scale.height,
+        size // models.profile.scale.width,
     )
     latent = torch.randn(1, models.transformer_config.in_channels, *shape)
     for _ in decode_video(models, latent[:, :, :2], Progress()):
