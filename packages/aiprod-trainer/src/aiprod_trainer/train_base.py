@@ -1,4 +1,4 @@
-"""Trains a joint audio-video transformer from nothing on precomputed latents.
+"""Trains a joint audio-video transformer on precomputed latents: from nothing, or on (`start`).
 
     python -m aiprod_trainer.train_base configs/nano/transformer.yaml --out runs/transformer
 
@@ -19,7 +19,11 @@ from torch import Tensor, nn
 
 from aiprod_core.components.patchifiers import AudioGrid, VideoGrid
 from aiprod_core.loader.checkpoint import open_checkpoint
-from aiprod_core.loader.networks import load_text_encoder
+from aiprod_core.loader.networks import (
+    load_text_encoder,
+    load_text_projector,
+    load_transformer,
+)
 from aiprod_core.model.text_connector import TextConfig, TextProjector
 from aiprod_core.model.transformer import Transformer, TransformerConfig, init_weights
 from aiprod_core.model.video_vae import VideoVAEConfig
@@ -37,6 +41,7 @@ class BaseTrainingConfig(Section):
     text_encoder: dict[str, Any]  # the checkpoint's "text_encoder" section
     codecs: Path  # checkpoint with both codecs: gives the latent shapes
     text_encoder_path: Path | None = None
+    start: Path | None = None  # checkpoint whose transformer and text projection are trained on
     latents: Path  # folder made by prepare_world
     held_out: Path | None = None  # another such folder, for the validation loss
     fps: float = 12.0
@@ -85,7 +90,10 @@ def train(config: BaseTrainingConfig, folder: Path) -> TextToClip:
         Transformer(TransformerConfig.from_metadata(config.transformer)),
         TextProjector(TextConfig.from_metadata(config.transformer, *hidden.shape[2:])),
     )
-    init_weights(model.transformer)
+    if config.start is None:
+        init_weights(model.transformer)
+    else:
+        start_from(model, config.start)
     average = averaged_copy(model)
     optimizers = muon_and_adamw(
         model,
@@ -138,6 +146,16 @@ def train(config: BaseTrainingConfig, folder: Path) -> TextToClip:
         if config.held_out is not None and (step + 1) % config.eval_every == 0 and rank == 0:
             run.log(**validate(average, config, data, scale))
     return average  # type: ignore[return-value]
+
+
+def start_from(model: TextToClip, path: Path) -> None:
+    """Takes the weights of a checkpoint's transformer and text projection, of the same shapes."""
+    checkpoint = open_checkpoint(path)
+    for part, load in (
+        (model.transformer, load_transformer),
+        (model.projector, load_text_projector),
+    ):
+        part.load_state_dict(load(checkpoint, dtype=torch.float32).state_dict())
 
 
 def losses(

@@ -5,16 +5,22 @@
 Clips are rendered as the training asks for them. The loss is the mean squared error, heavier on
 and around the object (a 64-pixel clip is mostly background), plus a trace of a KL term. Killed and
 started again, it goes on from its last checkpoint with the same numbers.
+
+With `start` it goes on from a checkpoint's codec, and with `keep_latents` the latents of clips at
+the first size stay what they were there, so that a transformer trained on them stays valid while
+the codec learns further sizes.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aiprod_core.loader.checkpoint import open_checkpoint
+from aiprod_core.loader.networks import load_video_decoder, load_video_encoder
 from aiprod_core.model.video_vae import VideoDecoder, VideoEncoder, VideoVAEConfig
 from aiprod_trainer.config import Section, run_script
 from aiprod_trainer.distributed import average_gradients, join
@@ -28,6 +34,10 @@ class VideoCodecConfig(Section):
     vae: dict[str, Any]  # the checkpoint's "vae" section, published keys
     world: str = "v1"
     size: int = 64  # pixels, height and width
+    further_sizes: tuple[int, ...] = ()  # taken in turn with `size`, a step each
+    start: Path | None = None  # checkpoint whose codec is trained on
+    keep_latents: float = 0.0  # weight of the distance from the start's latents, at `size`
+    precision: Literal["float32", "bfloat16"] = "float32"  # of convolutions; weights are float32
     num_frames: int = 25
     crop_frames: int = 9  # training clips are random crops in time, on the codec's grid
     batch_size: int = 4  # clips a process
@@ -35,6 +45,7 @@ class VideoCodecConfig(Section):
     warmup_steps: int = 50
     muon_lr: float = 3e-4
     adamw_lr: float = 2.5e-4
+    muon_iterations: int = 5
     max_grad_norm: float = 1.0
     object_weight: float = 8.0  # extra weight of the pixels on and around the object
     kl_weight: float = 1e-6
@@ -59,15 +70,20 @@ def train(config: VideoCodecConfig, folder: Path) -> VideoVAE:
     rank, world_size = join()
     torch.manual_seed(config.seed)
     vae = VideoVAE(VideoVAEConfig.from_metadata(config.vae))
-    initialise(vae)
+    if config.start is None:
+        initialise(vae)
+    else:
+        start_from(vae, config.start)
     vae.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     average = averaged_copy(vae)
+    start_encoder = averaged_copy(vae.encoder)
     if config.train == "decoder":
         vae.encoder.requires_grad_(False)
     optimizers = muon_and_adamw(
         vae,
         muon_lr=config.muon_lr,
         adamw_lr=config.adamw_lr,
+        iterations=config.muon_iterations,
         rank=rank,
         world_size=world_size,
     )
@@ -80,20 +96,38 @@ def train(config: VideoCodecConfig, folder: Path) -> VideoVAE:
         save_every_s=config.save_every_s,
         rank=rank,
     )
-    held_out = clips(config, np.random.default_rng([config.seed, 2**31]), 16, config.num_frames)
-    for step in run.steps():
-        pixels, mask = clips(
-            config, run.numpy_generator(step), config.batch_size, config.crop_frames
+    sizes = [config.size, *config.further_sizes]
+    held_out = {
+        size: clips(
+            config, size, np.random.default_rng([config.seed, 2**31]), 16, config.num_frames
         )
+        for size in sizes
+    }
+    for step in run.steps():
+        size = sizes[step % len(sizes)]
+        # As many pixels a step at every size.
+        count = max(1, config.batch_size * config.size**2 // size**2)
+        pixels, mask = clips(config, size, run.numpy_generator(step), count, config.crop_frames)
         set_learning_rate(
             optimizers.values(), warmup_then_linear_decay(step, config.steps, config.warmup_steps)
         )
-        mean, logvar = vae.encoder.moments(pixels)
-        noise = torch.randn(mean.shape, generator=run.generator(step))
-        decoded = vae.decoder(mean + noise * (0.5 * logvar).exp())
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
+            mean, logvar = (moment.float() for moment in vae.encoder.moments(pixels))
+            noise = torch.randn(mean.shape, generator=run.generator(step))
+            sampled = mean + noise * (0.5 * logvar).exp()
+            # The decoder takes normalised latents: a codec from a checkpoint has statistics.
+            decoded = vae.decoder(vae.encoder.per_channel_statistics.normalize(sampled)).float()
         reconstruction = reconstruction_loss(decoded, pixels, mask, config.object_weight)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = reconstruction + config.kl_weight * kl
+        if config.keep_latents and size == config.size:
+            with (
+                torch.no_grad(),
+                torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"),
+            ):
+                wanted = start_encoder(pixels).float()
+            kept = F.mse_loss(vae.encoder.per_channel_statistics.normalize(mean), wanted)
+            loss = loss + config.keep_latents * kept
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -104,14 +138,19 @@ def train(config: VideoCodecConfig, folder: Path) -> VideoVAE:
         update_average(average, vae, step, config.ema_decay)
         is_time = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
         if rank == 0 and is_time:
-            run.log(loss=loss.item(), kl=kl.item(), **evaluate(average, *held_out))
+            scores = {
+                key if size == config.size else f"{key}_{size}": value
+                for size in sizes
+                for key, value in evaluate(average, *held_out[size]).items()
+            }
+            run.log(loss=loss.item(), kl=kl.item(), **scores)
         elif step % 20 == 0:
             run.log(loss=loss.item(), kl=kl.item())
     return average  # type: ignore[return-value]
 
 
 def clips(
-    config: VideoCodecConfig, rng: np.random.Generator, count: int, num_frames: int
+    config: VideoCodecConfig, size: int, rng: np.random.Generator, count: int, num_frames: int
 ) -> tuple[Tensor, Tensor]:
     """Rendered pixels (count, 3, F, size, size) in [-1, 1] and object masks (count, 1, F, ...)."""
     pixels, masks = [], []
@@ -119,8 +158,8 @@ def clips(
         scene = sample_scene(rng, world=config.world)
         start = rng.integers(0, config.num_frames - num_frames + 1)
         frames = slice(start, start + num_frames)
-        pixels.append(render(scene, config.size)[frames])
-        masks.append(object_mask(scene, config.size)[frames])
+        pixels.append(render(scene, size)[frames])
+        masks.append(object_mask(scene, size)[frames])
     video = torch.from_numpy(np.stack(pixels)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     mask = torch.from_numpy(np.stack(masks)).float()[:, None]
     return video.contiguous(memory_format=torch.channels_last_3d), mask
@@ -137,11 +176,18 @@ def reconstruction_loss(
 @torch.no_grad()
 def evaluate(vae: nn.Module, pixels: Tensor, mask: Tensor) -> dict[str, float]:
     """PSNR in dB over whole frames and over the object's pixels, per clip, then averaged."""
-    decoded = vae.decoder(vae.encoder.moments(pixels)[0]).clamp(-1, 1)
+    decoded = torch.cat([vae.decoder(vae.encoder(clip)) for clip in pixels.split(4)]).clamp(-1, 1)
     squared = (decoded - pixels).square() / 4  # pixel range 2
     whole = -10 * squared.mean(dim=(1, 2, 3, 4)).log10()
     inside = (squared * mask).sum(dim=(1, 2, 3, 4)) / (3 * mask.sum(dim=(1, 2, 3, 4)))
     return {"psnr": whole.mean().item(), "object_psnr": (-10 * inside.log10()).mean().item()}
+
+
+def start_from(vae: VideoVAE, path: Path) -> None:
+    """Takes weights and latent statistics of a checkpoint's codec of the same shape."""
+    checkpoint = open_checkpoint(path)
+    for half, load in ((vae.encoder, load_video_encoder), (vae.decoder, load_video_decoder)):
+        half.load_state_dict(load(checkpoint, dtype=torch.float32).state_dict())
 
 
 def initialise(vae: nn.Module) -> None:

@@ -1,0 +1,70 @@
+"""Trainings that go on from a checkpoint begin where it stands."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from aiprod_core.loader.checkpoint import open_checkpoint
+from aiprod_core.loader.networks import load_video_decoder, load_video_encoder
+from aiprod_trainer import train_video_codec
+from aiprod_trainer.train_video_codec import VideoCodecConfig, clips, train
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with latent statistics that are not the identity."""
+    path = tmp_path_factory.mktemp("scaled") / tiny_model.name
+    with safe_open(tiny_model, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(tiny_model)
+    tensors["vae.per_channel_statistics.mean-of-means"] += 0.5
+    tensors["vae.per_channel_statistics.std-of-means"] *= 3
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+def config_of(tiny_model: Path, **settings: object) -> VideoCodecConfig:
+    fixed = {"size": 32, "num_frames": 9, "batch_size": 1, "warmup_steps": 1, "eval_every": 100}
+    return VideoCodecConfig(
+        vae=open_checkpoint(tiny_model).section("vae"), start=tiny_model, **{**fixed, **settings}
+    )
+
+
+def test_a_codec_goes_on_from_what_the_checkpoint_decodes(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen = []
+
+    def record(decoded, pixels, mask, object_weight):
+        seen.append((decoded.detach(), pixels))
+        return (decoded - pixels).square().mean()
+
+    monkeypatch.setattr(train_video_codec, "reconstruction_loss", record)
+    # Without the sampling noise the first step sees what the loaded pair of networks gives.
+    monkeypatch.setattr(torch, "randn", lambda *shape, **_: torch.zeros(*shape))
+    train(config_of(tiny_model, steps=1), tmp_path / "run")
+    checkpoint = open_checkpoint(tiny_model)
+    encoder = load_video_encoder(checkpoint, dtype=torch.float32)
+    decoder = load_video_decoder(checkpoint, dtype=torch.float32)
+    decoded, pixels = seen[0]
+    with torch.no_grad():
+        torch.testing.assert_close(decoded, decoder(encoder(pixels)), rtol=1e-4, atol=1e-4)
+
+
+def test_kept_latents_stay_while_the_codec_learns_another_size(tiny_model: Path, tmp_path: Path):
+    def drift(keep_latents: float) -> float:
+        config = config_of(
+            tiny_model, steps=12, further_sizes=(64,), keep_latents=keep_latents, muon_lr=3e-3
+        )
+        # The average lags behind in so few steps; it moves all the same.
+        trained = train(config, tmp_path / f"run{keep_latents}")
+        pixels, _ = clips(config, 32, np.random.default_rng(5), 2, 9)
+        start = load_video_encoder(open_checkpoint(tiny_model), dtype=torch.float32)
+        with torch.no_grad():
+            return float((trained.encoder(pixels) - start(pixels)).square().mean())
+
+    assert drift(100.0) < 0.5 * drift(0.0)
