@@ -81,7 +81,8 @@ class RichProgress(Progress):
                 yield lambda done: bars.advance(task, done)
             finally:
                 self._bars = None
-            bars.update(task, completed=total)
+            if bars.tasks[task].completed == 0:  # a stage that does not say how far it is
+                bars.update(task, completed=total)
 
     def note(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False)

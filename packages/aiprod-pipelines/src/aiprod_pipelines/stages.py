@@ -430,9 +430,9 @@ def denoise(
     is_lazy = models.stays_loaded
 
     @contextmanager
-    def transformer_for(num_windows: int) -> Iterator[tuple[Transformer, Model, Advance]]:
+    def transformer_for() -> Iterator[tuple[Transformer, Model, Advance]]:
         with (
-            progress.stage(stage, steps * num_windows) as advance,
+            progress.stage(stage, steps * len(windows)) as advance,
             models.transformer(adapters, audio_only=states.video is None) as transformer,
             guided_text_attention(transformer, **nag),
             # Where blocks come and go to save memory, nothing of them is kept.
@@ -444,13 +444,15 @@ def denoise(
     @torch.inference_mode()
     def make() -> Iterator[Latents]:
         with ExitStack() as stack:
-            lent = None if is_lazy else stack.enter_context(transformer_for(len(windows)))
+            lent = None if is_lazy else stack.enter_context(transformer_for())
 
             def run(
                 number: int, video: LatentState | None, audio: LatentState | None, place: Place
             ) -> AV:
-                with nullcontext(lent) if lent else transformer_for(1) as borrowed:
+                with nullcontext(lent) if lent else transformer_for() as borrowed:
                     transformer, model, advance = borrowed
+                    if is_lazy:
+                        advance(steps * number)  # what windows before have done
                     if number == 0:
                         for lora, strength in adapters:
                             covered = coverage(transformer, lora)

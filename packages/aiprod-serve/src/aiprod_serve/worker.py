@@ -30,7 +30,7 @@ from sqlalchemy.exc import DBAPIError
 
 from aiprod_core.errors import InputError, is_out_of_memory
 from aiprod_core.types import AV
-from aiprod_pipelines import analytics, media
+from aiprod_pipelines import analytics, companions, media
 from aiprod_pipelines.catalog import find_pipeline
 from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.components import ModelSet
@@ -99,7 +99,8 @@ class JobProgress(Progress):
         self.name = name
         self.percent = max(self.percent, low)
         yield advance
-        self.percent = max(self.percent, high)
+        if not 0 < done < total:  # a long clip's stage comes back for its next window
+            self.percent = max(self.percent, high)
 
     def check(self) -> None:
         if self.standing is not Standing.KEPT:
@@ -241,9 +242,12 @@ class Worker:
         if latents.video is None or not pipeline.models.keeps_loaded:
             return
         middle = latents.video.shape[2] // 2
-        with torch.inference_mode(), pipeline.models.video_decoder() as decoder:
+        models = pipeline.models
+        has_tiny = companions.find_beside(models.checkpoint, "tiny-decoder") is not None
+        lend = models.tiny_decoder if has_tiny else models.video_decoder
+        with torch.inference_mode(), lend() as decoder:
             latent = latents.video[:, :, middle : middle + 1]
-            pixels = decoder(latent.to(pipeline.models.device, pipeline.models.dtype))
+            pixels = decoder(latent.to(models.device, models.dtype))
         frame = ((pixels[0, :, 0].float() + 1) * 127.5).clamp(0, 255).byte()
         image = Image.fromarray(np.ascontiguousarray(frame.permute(1, 2, 0).cpu().numpy()))
         part = folder / f"{PREVIEW}.part"
