@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from aiprod_core.loader.checkpoint import open_checkpoint
 from aiprod_core.loader.networks import load_video_decoder, load_video_encoder
-from aiprod_trainer import train_video_codec
+from aiprod_trainer import export, train_video_codec
 from aiprod_trainer.train_video_codec import VideoCodecConfig, clips, train
 
 
@@ -68,3 +68,19 @@ def test_kept_latents_stay_while_the_codec_learns_another_size(tiny_model: Path,
             return float((trained.encoder(pixels) - start(pixels)).square().mean())
 
     assert drift(100.0) < 0.5 * drift(0.0)
+
+
+def test_codecs_that_went_on_keep_the_sound_and_the_statistics(tiny_model: Path, tmp_path: Path):
+    train(config_of(tiny_model, steps=2, muon_lr=3e-3), tmp_path / "run")
+    target = tmp_path / "codecs.safetensors"
+    command = ["codecs", "--video", str(tmp_path / "run"), "--out", str(target)]
+    assert export.main([*command, "--dtype", "float32"]) == 2  # sound from nowhere
+    assert export.main([*command, "--dtype", "float32", "--sound-of", str(tiny_model)]) == 0
+    before, after = load_file(tiny_model), load_file(target)
+    kept = [key for key in after if key.startswith(("audio_vae.", "vocoder."))]
+    kept += [key for key in after if "statistics" in key]
+    assert kept
+    for key in kept:
+        torch.testing.assert_close(after[key], before[key], rtol=0, atol=0)
+    moved = [key for key in after if key.startswith("vae.decoder") and key.endswith("weight")]
+    assert any(not torch.equal(after[key], before[key]) for key in moved)

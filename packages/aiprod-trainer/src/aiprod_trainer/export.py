@@ -58,8 +58,15 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     codecs = commands.add_parser("codecs", help="both codecs and the vocoder in one file")
     codecs.add_argument("--video", type=Path, required=True, help="run of train_video_codec")
-    codecs.add_argument("--audio", type=Path, required=True, help="run of train_audio_codec")
-    codecs.add_argument("--vocoder", type=Path, required=True, help="run of train_vocoder")
+    codecs.add_argument("--audio", type=Path, help="run of train_audio_codec")
+    codecs.add_argument("--vocoder", type=Path, help="run of train_vocoder")
+    codecs.add_argument(
+        "--sound-of",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="instead of both: a checkpoint whose sound is kept, with the statistics of the "
+        "video latents, for a video run that went on from it and kept its latents",
+    )
     codecs.add_argument("--clips", type=int, default=256, help="clips that give the statistics")
     model = commands.add_parser("model", help="codecs, transformer and text projection")
     model.add_argument("--codecs", type=Path, required=True)
@@ -85,34 +92,45 @@ def main(argv: list[str] | None = None) -> int:
 
 @torch.no_grad()
 def export_codecs(arguments: argparse.Namespace) -> None:
-    """Writes video VAE, audio VAE and vocoder with the world's latent statistics."""
-    video_config, audio_config = _config(arguments.video), _config(arguments.audio)
-    vocoder_config = _config(arguments.vocoder)
+    """Writes video VAE, audio VAE and vocoder with the world's latent statistics.
+
+    Raises InputError where the sound comes from nowhere or from two places.
+    """
+    if (arguments.sound_of is None) == (arguments.audio is None or arguments.vocoder is None):
+        raise InputError("export codecs: give --audio and --vocoder, or --sound-of CHECKPOINT.")
+    video_config = _config(arguments.video)
     video = VideoVAE(VideoVAEConfig.from_metadata(video_config["vae"]))
-    audio = AudioVAE(AudioVAEConfig.from_metadata(audio_config["audio_vae"]))
-    vocoder = Vocoder(VocoderConfig.from_metadata(vocoder_config["vocoder"]))
-    for module, folder in (
-        (video, arguments.video),
-        (audio, arguments.audio),
-        (vocoder, arguments.vocoder),
-    ):
-        module.load_state_dict(read_state(folder / "state.safetensors", "average"))
-    _measure_statistics(video, audio, video_config, arguments.clips)
+    video.load_state_dict(read_state(arguments.video / "state.safetensors", "average"))
+    if arguments.sound_of is not None:
+        start = open_checkpoint(arguments.sound_of)
+        sections = {name: start.section(name) for name in ("audio_vae", "vocoder")}
+        audio_encoder, audio_decoder = load_audio_encoder(start), load_audio_decoder(start)
+        vocoder = load_vocoder(start)
+    else:
+        sections = {
+            "audio_vae": _config(arguments.audio)["audio_vae"],
+            "vocoder": _config(arguments.vocoder)["vocoder"],
+        }
+        audio = AudioVAE(AudioVAEConfig.from_metadata(sections["audio_vae"]))
+        vocoder = Vocoder(VocoderConfig.from_metadata(sections["vocoder"]))
+        audio.load_state_dict(read_state(arguments.audio / "state.safetensors", "average"))
+        vocoder.load_state_dict(read_state(arguments.vocoder / "state.safetensors", "average"))
+        _measure_statistics(video, audio, video_config, arguments.clips)
+        audio_encoder, audio_decoder = audio.encoder, audio.decoder
     save_checkpoint(
         arguments.out,
         [
             (key_maps.VIDEO_ENCODER, video.encoder),
             (key_maps.VIDEO_DECODER, video.decoder),
-            (key_maps.AUDIO_ENCODER, audio.encoder),
-            (key_maps.AUDIO_DECODER, audio.decoder),
+            (key_maps.AUDIO_ENCODER, audio_encoder),
+            (key_maps.AUDIO_DECODER, audio_decoder),
             (key_maps.VOCODER, vocoder),
         ],
         {
             "model_version": MODEL_VERSION,
             "config": {
                 "vae": video_config["vae"],
-                "audio_vae": audio_config["audio_vae"],
-                "vocoder": vocoder_config["vocoder"],
+                **sections,
                 "text_encoder": {"type": "minilm", "max_length": 64},
             },
         },
