@@ -303,6 +303,13 @@ def generate(
         int | None,
         typer.Option(help="Frames that two windows share; default: a quarter of the window."),
     ] = None,
+    best_of: Annotated[
+        int,
+        typer.Option(
+            help="Start so many seeds, from --seed on; the reward model beside the model judges "
+            "them after 30 % of the steps, and the best is finished. 4 cost 1.9 clips."
+        ),
+    ] = 1,
     heal: Annotated[
         bool,
         typer.Option(
@@ -505,7 +512,7 @@ PLAIN_FIELDS = (
     "audio_start_time", "audio_prompt", "camera", "spatial_upsampler", "skip_stage_2",
     "guidance_interval", "adaptive_guidance", "nag_tau", "nag_alpha", "sampler", "schedule",
     "max_batch_size", "enlarge", "enlarge_method", "crf", "tile", "refine_tile", "window_frames",
-    "window_overlap",
+    "window_overlap", "best_of",
 )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from aiprod_core.loader.checkpoint import Checkpoint, open_checkpoint
 from aiprod_core.loader.lora import Lora, fuse
 from aiprod_core.loader.offload import BlockStream, stream_from_file, stream_from_memory
 from aiprod_core.model.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
+from aiprod_core.model.reward import RewardModel
 from aiprod_core.model.text_connector import TextProjector
 from aiprod_core.model.text_encoder import TextEncoder
 from aiprod_core.model.transformer import Transformer, TransformerConfig
@@ -279,6 +280,13 @@ class ModelSet:
     def upsampler(self, path: Path) -> Iterator[LatentUpsampler]:
         load = partial(networks.load_upsampler, device=self.device, dtype=self.dtype)
         with self._lend(f"upsampler {path}", lambda: load(open_checkpoint(path))) as net:
+            yield net
+
+    @contextmanager
+    def reward(self, path: Path) -> Iterator[RewardModel]:
+        # In float32: it is small, and its scores are compared.
+        load = partial(networks.load_reward, device=self.device, dtype=torch.float32)
+        with self._lend(f"reward {path}", lambda: load(open_checkpoint(path))) as net:
             yield net
 
     @contextmanager

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 from aiprod_core.errors import InputError
 from aiprod_pipelines import analytics, companions, media
+from aiprod_pipelines.best_of import check_best_of
 from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.model_files import count_parameters
@@ -84,6 +85,7 @@ class Pipeline(ABC):
         request = self.resolve(request)
         windows = self.make(request, progress)
         first = next(windows)
+        request = replace(request, seed=first.seed, best_of=1)
         clip = Clip(self.name, self.models, request, first.clip, progress, self.soundtrack(request))
         clip.expect(windows, first.final)
         if not is_streamed or request.heal or not self.models.stays_loaded:
@@ -139,6 +141,7 @@ class Pipeline(ABC):
         for lora in (*request.loras, *self.distillation(request)):
             companions.check_lora(checkpoint, lora)
         self.models.check_adapters([*request.loras, *self.distillation(request)])
+        check_best_of(self.models, request)
         analytics.note(**self._facts(request))
         return request
 

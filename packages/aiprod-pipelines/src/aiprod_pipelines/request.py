@@ -233,6 +233,7 @@ class GenerationRequest:
     window_frames: int | None = None  # what the model sees of a long clip at once; None = all
     window_overlap: int | None = None  # frames; None = a quarter of the window
     skip_stage_2: bool = False  # first stage only, at full size
+    best_of: int = 1  # seeds from `seed` on of which the best is finished (best_of.py)
     heal: int = 0  # retakes at most that mend the clip's defects (heal.py); 0 = it is not judged
     enlarge: int = 1  # integer factor for viewing, applied when the file is written
     enlarge_method: str = "bicubic"
@@ -246,6 +247,7 @@ class GenerationRequest:
             raise InputError("the prompt is empty; describe the clip in a sentence.")
         _check_number("seed", self.seed, 0, MAX_SEED, integer=True)
         _check_number("enlarge", self.enlarge, 1, 64, integer=True)
+        _check_number("best_of", self.best_of, 1, 64, integer=True)
         _check_number("crf", self.crf, 0, 51, integer=True)
         if not re.fullmatch(r"auto|off|[1-9]\d*x[1-9]\d*x[1-9]\d*", self.tile):
             raise InputError(

@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ from aiprod_core.components.denoising import Sampler
 from aiprod_core.components.guiders import Guidance, GuidedDenoiser, GuidedModality, Model
 from aiprod_core.components.nag import NAG, both_prompts, guided_text_attention
 from aiprod_core.components.patchifiers import AudioGrid, VideoGrid
-from aiprod_core.components.samplers import SAMPLERS
+from aiprod_core.components.samplers import SAMPLERS, Callback, ignore_step
 from aiprod_core.components.step_cache import POLICIES
 from aiprod_core.components.tiled_model import in_tiles
 from aiprod_core.components.windows import Place, denoise_in_windows
@@ -46,6 +46,7 @@ from aiprod_core.parallel import in_parallel
 from aiprod_core.tiling import decode_chunks, default_tiling, encode_tiled
 from aiprod_core.types import AV, LatentState, Modality, ScaleFactors, VideoShape
 from aiprod_pipelines import analytics, media, recipe
+from aiprod_pipelines.best_of import Verdict, contest, early_step, open_verdict
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Advance, Progress
 from aiprod_pipelines.request import GenerationRequest, ImageCondition, LoraFile
@@ -80,6 +81,7 @@ class Latents(NamedTuple):
     clip: AV  # video (1, C, F, H, W), audio (1, C, T, bins); windows to come are as they started
     final: dict[str, int]  # of "video", "audio": latent frames from the first on that stay
     window: AV  # of the window that was made last: video (1, C, f, H, W), audio tokens (1, n, D)
+    seed: int  # of its noise: the request's, or the best of several
 
 
 @dataclass(frozen=True)
@@ -425,21 +427,26 @@ def denoise(
 
     windows = request.windows(models.profile.scale.time)
     steps = len(sigmas) - 1
-    sample = sampler_of(sampler or request.sampler or "euler", request.seed)
+    sampler_name = sampler or request.sampler or "euler"
+    is_contest = request.best_of > 1 and stage == "denoise"
+    verdict = open_verdict(models, request.text) if is_contest else None
+    seeds = [(request.seed + k) % 2**63 for k in range(request.best_of if is_contest else 1)]
     adapters = [(open_lora(lora.path), lora.strength) for lora in loras]
     is_lazy = models.stays_loaded
 
     @contextmanager
     def transformer_for() -> Iterator[tuple[Transformer, Model, Advance]]:
         with (
-            progress.stage(stage, steps * len(windows)) as advance,
+            progress.stage(
+                stage, steps * len(windows) + early_step(steps) * (len(seeds) - 1)
+            ) as advance,
             models.transformer(adapters, audio_only=states.video is None) as transformer,
             guided_text_attention(transformer, **nag),
             # Where blocks come and go to save memory, nothing of them is kept.
             computed_once(transformer) if models.offload in ("none", "model") else nullcontext(),
             in_parallel(models.parallel, transformer) as shared,
         ):
-            yield transformer, _computing_in(models.dtype, shared), advance
+            yield transformer, computing_in(models.dtype, shared), advance
 
     @torch.inference_mode()
     def make() -> Iterator[Latents]:
@@ -470,26 +477,60 @@ def denoise(
                             progress.note(f"out of memory: going on with {way}")
                         return way is not None
 
-                    end_step = analytics.laps("step")
+                    def denoise_with(
+                        sample: Sampler, noise: torch.Generator, callback: Callback
+                    ) -> AV:
+                        end_step = analytics.laps("step")
 
-                    def after_step(step: int, sigma: float, x: AV, denoised: AV) -> None:
-                        end_step()
-                        advance(1)
-                        progress.preview(lambda: _latents(place(denoised), states))
+                        def after_step(step: int, sigma: float, x: AV, denoised: AV) -> None:
+                            end_step()
+                            advance(1)
+                            progress.preview(lambda: _latents(place(denoised), states))
+                            callback(step, sigma, x, denoised)
 
-                    return denoising.denoise(
-                        model,
-                        sigmas,
-                        guided("video", video),
-                        guided("audio", audio),
-                        sampler=sample,
-                        generator=generators[number],
-                        max_batch_size=request.max_batch_size,
-                        min_cosine=request.adaptive_guidance,
-                        cache_policy=POLICIES.get(request.step_cache),
-                        lighten=lighten if models.parallel == "none" else None,
-                        callback=after_step,
-                    )
+                        return denoising.denoise(
+                            model,
+                            sigmas,
+                            guided("video", video),
+                            guided("audio", audio),
+                            sampler=sample,
+                            generator=noise,
+                            max_batch_size=request.max_batch_size,
+                            min_cosine=request.adaptive_guidance,
+                            cache_policy=POLICIES.get(request.step_cache),
+                            lighten=lighten if models.parallel == "none" else None,
+                            callback=after_step,
+                        )
+
+                    if verdict is None:
+                        return denoise_with(sample(), generators[number], ignore_step)
+                    return best_of_seeds(denoise_with, verdict, place)
+
+            @cache  # when it is asked for: an earlier stage may have chosen another seed
+            def sample() -> Sampler:
+                return sampler_of(sampler_name, generators[0].initial_seed())
+
+            def best_of_seeds(
+                denoise_with: Callable[[Sampler, torch.Generator, Callback], AV],
+                verdict: Verdict,
+                place: Place,
+            ) -> AV:
+                noises = {seed: torch.Generator().manual_seed(seed) for seed in seeds}
+
+                def attempt(seed: int, callback: Callback) -> AV:
+                    return denoise_with(sampler_of(sampler_name, seed), noises[seed], callback)
+
+                def judged(denoised: AV, sigma: float) -> float:
+                    latents = _latents(place(denoised), states)
+                    grids = states.video_grid, states.audio_grid
+                    return sum(verdict(latents, sigma, *grids).values())
+
+                x, seed, scores = contest(attempt, seeds, steps, judged)
+                # What follows draws on: its noise is that of the seed alone.
+                generators[0].set_state(noises[seed].get_state())
+                early = ", ".join(f"{score:+.2f}" for score in scores)
+                progress.note(f"best of {len(seeds)}: seed {seed} (early scores {early})")
+                return x
 
             grids = {"video": states.video_grid, "audio": states.audio_grid}
             window = window_shape(models, request)
@@ -512,7 +553,8 @@ def denoise(
                 per_frame["video"] = states.video_grid.tokens_per_frame
             for window_tokens, clip, final in made:
                 frames = {name: count // per_frame[name] for name, count in final.items()}
-                yield Latents(_latents(clip, states), frames, window_tokens)
+                seed = generators[0].initial_seed()
+                yield Latents(_latents(clip, states), frames, window_tokens, seed)
 
     return make() if is_lazy else iter(list(make()))
 
@@ -614,7 +656,7 @@ def _latent(
     return grid.unpatchify(torch.where(state.denoise_mask == 0, state.clean_latent, tokens))
 
 
-def _computing_in(dtype: torch.dtype, transformer: Model) -> Model:
+def computing_in(dtype: torch.dtype, transformer: Model) -> Model:
     """The transformer for a float32 state: tokens and text are cast to its dtype on the way in."""
 
     def cast(modality: Modality | None) -> Modality | None:
