@@ -70,6 +70,7 @@ class FaultyClip(Clip):
     """A clip whose decoded picture or sound is spoilt as long as the latents there are `faulty`."""
 
     fault: Fault | None = None
+    is_eventful: bool = False  # something sudden is seen and heard
     faulty: AV = field(default_factory=AV)
     decoded: dict[int, Any] = field(default_factory=dict)  # by the latent's id: shared by copies
 
@@ -147,9 +148,14 @@ def main() -> int:
     rng = np.random.default_rng([options.seed, 4])
     healthy = healthy_clips(pipeline, count, options)
     rows = []
-    for number, (clip, is_true) in enumerate(track(healthy, "heal", transient=True)):
+    first = options.seed * count  # so that short runs with other seeds plant other kinds
+    kinds = [KINDS[(first + number) % len(KINDS)] for number in range(count)]
+    # Late sound shows only where something is seen to happen.
+    healthy.sort(key=lambda pair: not pair[0].is_eventful)
+    kinds.sort(key=lambda kind: kind != "desync")
+    for (clip, is_true), kind in track(list(zip(healthy, kinds, strict=True)), "heal"):
         rows.append(measure(pipeline, clip, None) | {"is_true": is_true})
-        spoilt = plant(clip, KINDS[number % len(KINDS)], rng)
+        spoilt = plant(clip, kind, rng)
         rows.append(measure(pipeline, spoilt, spoilt.fault) | {"is_true": is_true})
         for row in rows[-2:]:
             said = ", ".join(
@@ -184,7 +190,7 @@ def healthy_clips(
             break
         clip = pipeline(prompt.text, seed=options.seed + number, num_inference_steps=options.steps)
         if is_approved(clip, prompt):
-            own.append(as_faulty(clip, options))
+            own.append(as_faulty(clip, prompt, options))
     true = [true_clip(pipeline, prompt, options) for prompt in told][: count - len(own)]
     chosen = [(clip, False) for clip in own] + [(clip, True) for clip in true]
     order = np.random.default_rng(options.seed).permutation(len(chosen))
@@ -216,12 +222,13 @@ def true_clip(
             stages.encode_frames(models, render(scene, request.shape.height), quiet),
             stages.encode_audio(models, sound, length, quiet),
         )
-    return as_faulty(Clip(pipeline.name, models, request, latents), options)
+    return as_faulty(Clip(pipeline.name, models, request, latents), prompt, options)
 
 
-def as_faulty(clip: Clip, options: argparse.Namespace) -> FaultyClip:
+def as_faulty(clip: Clip, prompt: Prompt, options: argparse.Namespace) -> FaultyClip:
     request = replace(clip.request, heal=options.budget)
-    return FaultyClip(clip.pipeline, clip.models, request, clip.latents)
+    eventful = prompt.scene is not None and bool(prompt.scene.events)
+    return FaultyClip(clip.pipeline, clip.models, request, clip.latents, is_eventful=eventful)
 
 
 def plant(clip: FaultyClip, kind: str, rng: np.random.Generator) -> FaultyClip:

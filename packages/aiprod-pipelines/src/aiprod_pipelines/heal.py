@@ -32,8 +32,10 @@ SEED_OFFSET = 20_000  # between the seeds of a clip's retakes and its own
 FROZEN_S = 0.35  # shorter stops are seen in ordinary motion
 SOUNDING_DB = -45.0
 SILENT_CLIP_DB = -50.0  # peak, for a clip whose sound was asked for
-CLIPPED_S = 0.002  # a single clipped peak is not heard
-DESYNC_MS, DESYNC_SCORE = 250.0, 0.55  # what `sync.av_offset` says beyond its own error
+DROPPED_DB = -110.0  # below the noise that vocoders leave in pauses, some -90 dB
+CLIPPED_S = 0.0005  # a single clipped sample is not heard
+DESYNC_MS, DESYNC_SCORE = 250.0, 0.6  # beyond the error of `sync.best_offset` on unknown pictures
+ONSET_DB = 10.0  # by which what is heard as an event rises at once; lasting noise wavers by less
 JOINED_S = 0.3  # defects of one kind this near are one
 
 
@@ -140,8 +142,14 @@ def find_defects(clip: Clip, take: Take) -> list[Defect]:
     found: list[Defect] = []
     for name in ("video", "audio"):
         latent = getattr(clip.latents, name)
-        span = None if latent is None else _nonfinite_span(latent, duration_s)
-        found += _defects("NaN", name, [span] if span else [], duration_s)
+        if latent is not None and (bad := _nonfinite(latent)) is not None:
+            edges = np.linspace(0, duration_s, latent.shape[2] + 1)
+            if name == "video":  # the codec's first latent is a single frame
+                starts = (np.arange(latent.shape[2]) - 1) * clip.models.profile.scale.time + 1
+                ends = request.shape.num_frames
+                edges = np.append(np.maximum(starts, 0), ends) / request.shape.fps
+            span = Span(float(edges[bad[0]]), float(edges[bad[1]]))
+            found += _defects("NaN", name, [span], duration_s)
     with clip.progress.stage("judge"):
         if frames is not None:
             found += picture_defects(frames, request.shape.fps, audio)
@@ -171,25 +179,34 @@ def picture_defects(
 
 def sound_defects(audio: media.Audio) -> list[Defect]:
     """Of a sound that was asked for. Silence is a defect where there is nothing else, and where
-    sound breaks off."""
+    the signal itself is gone: pauses are heard in a decoded sound as a little noise."""
     duration_s = audio.duration_s
     if sound.peak_dbfs(audio) < SILENT_CLIP_DB:
         return _defects("silence", "audio", [Span(0.0, duration_s)], duration_s)
-    clipped = sound.clipped_spans(audio)
+    clipped = sound.clipped_spans(audio, shortest=2)
     if sum(span.duration_s for span in clipped) < CLIPPED_S:
         clipped = ()
     return [
         *_defects("clipping", "audio", clipped, duration_s),
-        *_defects("silence", "audio", sound.cut_off_spans(audio), duration_s),
+        *_defects(
+            "silence",
+            "audio",
+            sound.silent_spans(audio, below_db=DROPPED_DB, min_s=0.1),
+            duration_s,
+        ),
     ]
 
 
 def sync_defects(frames: np.ndarray, fps: float, audio: media.Audio) -> list[Defect]:
-    """Sound that is late or early as a whole; told only where several events are seen and heard."""
+    """Sound that is late or early as a whole, where something sudden is seen and heard."""
     seen = sync.motion_events(motion.optical_flow(frames), fps)
     heard = sync.sound_events(audio)
-    if min(np.count_nonzero(seen.weights), len(heard.times_s)) < 2:
-        return []
+    levels, step_s = sound.levels_db(audio, 0.01)
+    levels = np.pad(np.maximum(levels, sound.SILENT_DB), (6, 4), mode="edge")
+    at = (heard.times_s / step_s).astype(int)  # in the padded levels: 60 ms before
+    rise = np.array([levels[i + 6 : i + 10].max() - levels[i : i + 5].max() for i in at])
+    is_sudden = rise >= ONSET_DB if len(at) else np.zeros(0, dtype=bool)
+    heard = heard._replace(times_s=heard.times_s[is_sudden], weights=heard.weights[is_sudden])
     offset = sync.best_offset(seen, heard, max(0.03, 0.6 / fps))
     if offset is None or abs(offset.ms) < DESYNC_MS or offset.score < DESYNC_SCORE:
         return []
@@ -222,13 +239,11 @@ def _defects(kind: str, modality: str, spans: Sequence[Span], duration_s: float)
     ]
 
 
-def _nonfinite_span(latent: Tensor, duration_s: float) -> Span | None:
-    """From the first to the last latent frame (1, C, T, ...) that holds a NaN or an infinity."""
+def _nonfinite(latent: Tensor) -> tuple[int, int] | None:
+    """(start, stop) of the latent frames (1, C, T, ...) that hold all NaN and infinities."""
     bad = ~torch.isfinite(latent).all(dim=1).flatten(2).all(dim=-1)[0]  # (T,)
-    if not bad.any():
-        return None
-    index, step_s = bad.nonzero().flatten(), duration_s / len(bad)
-    return Span(int(index[0]) * step_s, (int(index[-1]) + 1) * step_s)
+    index = bad.nonzero().flatten()
+    return (int(index[0]), int(index[-1]) + 1) if len(index) else None
 
 
 def _overlaps(span: Span, others: Sequence[Span]) -> bool:

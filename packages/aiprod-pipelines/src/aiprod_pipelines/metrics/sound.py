@@ -69,22 +69,6 @@ def silent_spans(
     return tuple(span for span in spans if span.duration_s >= min_s - 1e-9)
 
 
-def cut_off_spans(
-    audio: Audio, *, from_db: float = -35.0, below_db: float = SILENT_DB, min_s: float = 0.1
-) -> tuple[Span, ...]:
-    """Silent spans of at least `min_s` that sound falls into, or comes out of, all at once: by the
-    10 ms from over `from_db` to under `below_db`. What dies away takes longer; sound may begin at
-    once by right, so only a span that it falls into counts."""
-    levels, step_s = levels_db(audio, 0.01)
-    return tuple(
-        Span(start * step_s, stop * step_s)
-        for start, stop in runs(levels < below_db)
-        if (stop - start) * step_s >= min_s - 1e-9
-        and start >= 2
-        and levels[start - 2 : start].max() > from_db
-    )
-
-
 def is_finite(audio: Audio) -> bool:
     return bool(np.isfinite(audio.samples).all())
 
