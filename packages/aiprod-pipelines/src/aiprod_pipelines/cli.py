@@ -284,6 +284,14 @@ def generate(
             "tiles of this width, height and length.",
         ),
     ] = "auto",
+    decoder: Annotated[
+        str,
+        typer.Option(
+            metavar="full | tiny",
+            help="tiny is a preview's: a fraction of the time, softer; its file lies beside the "
+            "model.",
+        ),
+    ] = "full",
     refine_tile: Annotated[
         str,
         typer.Option(
@@ -511,7 +519,8 @@ PLAIN_FIELDS = (
     "num_inference_steps", "source", "start_time", "end_time", "modality", "audio",
     "audio_start_time", "audio_prompt", "camera", "spatial_upsampler", "skip_stage_2",
     "guidance_interval", "adaptive_guidance", "nag_tau", "nag_alpha", "sampler", "schedule",
-    "max_batch_size", "enlarge", "enlarge_method", "crf", "tile", "refine_tile", "window_frames",
+    "max_batch_size", "enlarge", "enlarge_method", "crf", "tile", "decoder", "refine_tile",
+    "window_frames",
     "window_overlap", "best_of",
 )  # fmt: skip
 

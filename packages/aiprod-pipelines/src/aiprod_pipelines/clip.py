@@ -64,6 +64,7 @@ class Clip:
             self.latents.video,
             self.progress,
             tile=self.request.tile,
+            is_tiny=self.request.decoder == "tiny",
             is_streamed=is_streamed,
             at_once=self._at_once,
             until=partial(self._until, "video") if self._final is not None else None,

@@ -1,4 +1,4 @@
-"""Files that belong to a model and lie beside it under published names: upsampler, LoRAs.
+"""Files that belong to a model and lie beside it by their names: upsampler, LoRAs, tiny decoder.
 
     ltx-2-19b-dev.safetensors                    the model
     ltx-2-19b-distilled.safetensors              the same, distilled
@@ -20,6 +20,7 @@ from aiprod_core.loader.lora import Lora, check_shapes, coverage, open_lora
 from aiprod_core.model.reward import RewardConfig
 from aiprod_core.model.transformer import Transformer, TransformerConfig
 from aiprod_core.model.upsampler import UpsamplerConfig
+from aiprod_core.model.video_vae import VideoVAEConfig
 from aiprod_pipelines.request import LoraFile
 
 # What follows the model's own name in a file's.
@@ -66,6 +67,22 @@ def spatial_upsampler(checkpoint: Checkpoint, given: Path | None) -> Path:
             f"{path}: upsamples latents of {config.in_channels} channels, the model's have "
             f"{channels}; give the upsampler that was published with the model."
         )
+    return path
+
+
+def tiny_decoder(checkpoint: Checkpoint) -> Path:
+    """The small decoder of this model's latents, for previews."""
+    path = find_beside(checkpoint, "tiny-decoder")
+    if path is None:
+        raise InputError(
+            f"decoder tiny: {model_name(checkpoint)}-tiny-decoder.safetensors is not in "
+            f"{checkpoint.paths[0].parent}; put it there (aiprod_trainer.train_tiny_decoder makes "
+            "one), or use --decoder full."
+        )
+    config = VideoVAEConfig.from_metadata(open_checkpoint(path).section("vae"))
+    own = VideoVAEConfig.from_metadata(checkpoint.section("vae"))
+    if (config.latent_channels, config.scale) != (own.latent_channels, own.scale):
+        raise InputError(f"{path}: decodes other latents than {checkpoint.name} has.")
     return path
 
 

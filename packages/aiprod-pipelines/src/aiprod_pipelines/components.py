@@ -300,6 +300,13 @@ class ModelSet:
             yield net
 
     @contextmanager
+    def tiny_decoder(self) -> Iterator[VideoDecoder]:
+        path = companions.tiny_decoder(self.checkpoint)
+        load = partial(networks.load_video_decoder, device=self.device, dtype=self.dtype)
+        with self._lend(f"tiny decoder {path}", lambda: load(open_checkpoint(path))) as net:
+            yield net
+
+    @contextmanager
     def audio_encoder(self) -> Iterator[AudioEncoder]:
         with self._lend("audio_encoder", lambda: self._load(networks.load_audio_encoder)) as net:
             yield net

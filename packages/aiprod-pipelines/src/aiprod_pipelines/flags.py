@@ -96,6 +96,7 @@ FLAGS = (
     Flag("--offload", "offload", help="none, model, block (cpu) or disk"),
     Flag("--max-memory", "max_memory", help="of the device, such as 12GiB"),
     Flag("--tile", "tile", help="decoding: auto, off or WxHxF"),
+    Flag("--decoder", "decoder", help="full, or tiny for a preview"),
     Flag("--device", "device"),
     Flag("--dtype", "dtype"),
 )

@@ -133,6 +133,8 @@ class Pipeline(ABC):
             if not self.models.is_distilled:
                 lora = companions.distilled_lora(checkpoint, request.distilled_lora)
             request = replace(request, distilled_lora=lora)
+        if request.decoder == "tiny":
+            companions.tiny_decoder(checkpoint)
         if request.camera is not None:
             found = companions.camera_lora(checkpoint, request.camera)
             # A recipe's request has it already, perhaps from where the clip was made.

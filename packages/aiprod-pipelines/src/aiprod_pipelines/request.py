@@ -40,6 +40,7 @@ CONTROL_KINDS = (
     "detailer",
     "reference",
 )
+DECODERS = ("full", "tiny")
 CAMERAS = ("dolly-in", "dolly-out", "dolly-left", "dolly-right", "jib-up", "jib-down", "static")
 
 # Ours; used when the model does not bring its own. It names defects, never subjects.
@@ -241,6 +242,7 @@ class GenerationRequest:
     original_prompt: str | None = None  # what the prompt was made from, if it was enhanced
     enhanced_by: str | None = None  # who wrote it
     tile: str = "auto"  # how the picture is decoded: auto, off or WIDTHxHEIGHTxFRAMES
+    decoder: str = "full"  # of the picture: full, or the tiny one beside the model, for previews
 
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
@@ -292,6 +294,7 @@ class GenerationRequest:
             ("modality", MODALITIES),
             ("camera", CAMERAS),
             ("step_cache", STEP_CACHES),
+            ("decoder", DECODERS),
         ):
             if getattr(self, name) is not None:
                 _check_choice(name, getattr(self, name), choices)

@@ -682,6 +682,7 @@ def decode_video(
     progress: Progress,
     *,
     tile: str = "auto",
+    is_tiny: bool = False,  # the small decoder, for previews
     is_streamed: bool = False,
     at_once: int | None = None,  # latent frames that a stream decodes together at most
     until: Callable[[int], Tensor] | None = None,
@@ -695,7 +696,8 @@ def decode_video(
     scale = models.profile.scale
     num_frames = (latent.shape[2] - 1) * scale.time + 1
     generator = torch.Generator(models.device).manual_seed(0)  # for decoders that inject noise
-    with progress.stage("decode video", num_frames) as advance, models.video_decoder() as decoder:
+    lend = models.tiny_decoder if is_tiny else models.video_decoder
+    with progress.stage("decode video", num_frames) as advance, lend() as decoder:
         size = (num_frames, latent.shape[3] * scale.height, latent.shape[4] * scale.width)
         choose = partial(
             choose_tiling,
