@@ -60,6 +60,8 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
         reference_audio_latents=torch.randn(6, 2, 10, 16).half(),
         video_masks=(torch.rand(6, 3, 3, 3) < 0.5).half(),
         audio_masks=(torch.rand(6, 18) < 0.5).half(),
+        rejected_video=torch.randn(6, 8, 3, 3, 3).half(),
+        rejected_audio=torch.randn(6, 2, 18, 16).half(),
     )
     return folder
 

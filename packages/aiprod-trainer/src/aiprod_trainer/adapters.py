@@ -8,7 +8,8 @@ diffusers read it; what other tools write is read by `loader.lora`.
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -61,6 +62,20 @@ def attach(
         nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5), generator=generator)
         layer.lora_A.data, layer.lora_B.data = layer.lora_A.to(device), layer.lora_B.to(device)
         module.set_submodule(name, layer)
+
+
+@contextmanager
+def switched_off(module: nn.Module) -> Iterator[None]:
+    """The network as it is without its attached layers."""
+    layers = [layer for layer in module.modules() if isinstance(layer, LoraLinear)]
+    scales = [layer.scale for layer in layers]
+    for layer in layers:
+        layer.scale = 0.0
+    try:
+        yield
+    finally:
+        for layer, scale in zip(layers, scales, strict=True):
+            layer.scale = scale
 
 
 def target_layers(module: nn.Module, patterns: Iterable[str]) -> list[str]:

@@ -86,6 +86,7 @@ MODES: dict[str, Mode] = {
     "audio-inpainting": Mode(None, _on("mask")),
     "audio-to-audio": Mode(None, _on("reference")),
     "audio-video-to-audio-video": Mode(_on("reference"), _on("reference")),
+    "preference": Mode(FREE, FREE),  # Flow-DPO: each clip beside one that is worse
 }
 
 OF_VIDEO_ALONE = ("first_frame", "spatial_crop")

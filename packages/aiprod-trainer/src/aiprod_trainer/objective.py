@@ -165,6 +165,27 @@ def noise_state(
     return Noised(modality, noise - clean, weight)
 
 
+def flow_dpo_losses(
+    better: dict[str, Tensor],  # (B,) velocity errors of each stream, as `sample_losses`
+    worse: dict[str, Tensor],  # of the clip that is worse, under the same noise
+    better_before: dict[str, Tensor],  # the same of the reference, the model before
+    worse_before: dict[str, Tensor],
+    beta: float,
+) -> Tensor:
+    """(B,) Flow-DPO losses: the better clip's velocity should gain on the reference's, the worse
+    one's lose (Liu et al. 2025, arXiv:2501.13918, the objective L_FD with a constant beta):
+
+        gain(c) = |v_c - v(x_c)|^2 - |v_c - v_ref(x_c)|^2
+        loss = -log sigmoid(-beta / 2 (gain(better) - gain(worse)))
+
+    Errors are means over tokens and channels and not sums, so beta is as much larger.
+    """
+    gains = [
+        (better[name] - better_before[name]) - (worse[name] - worse_before[name]) for name in better
+    ]
+    return F.softplus(beta / 2 * torch.stack(gains).sum(dim=0))
+
+
 def sample_losses(velocity: Tensor, noised: Noised) -> Tensor:
     """(B,) mean squared velocity error of each sample over its noised tokens; 0 without any."""
     squared = (velocity.float() - noised.target).square().mean(dim=-1, keepdim=True)

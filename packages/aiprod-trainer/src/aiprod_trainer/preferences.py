@@ -28,6 +28,7 @@ from torch import Tensor
 from aiprod_core.components import conditioning, denoising
 from aiprod_core.components.guiders import GuidedModality
 from aiprod_core.components.patchifiers import AudioGrid, VideoGrid
+from aiprod_core.loader.lora import Lora
 from aiprod_core.model.mel import log_mel
 from aiprod_core.model.reward import text_states
 from aiprod_core.types import AV, AudioLatentShape, VideoLatentShape
@@ -330,6 +331,7 @@ def sample_clips(
     *,
     keep_steps: Sequence[int] = (),  # how many steps are done when an estimate is kept
     settings: Mapping[str, object] | None = None,  # fields of the request
+    loras: Sequence[tuple[Lora, float]] = (),
     batch: int = 16,
 ) -> Sampled:
     """What the one-stage pipeline makes of each prompt and seed, several clips at a time.
@@ -338,7 +340,9 @@ def sample_clips(
     differences. The transformer may be one that is lent by `models.use`.
     """
     parts = [
-        _sample(models, prompts[k : k + batch], seeds[k : k + batch], keep_steps, settings or {})
+        _sample(
+            models, prompts[k : k + batch], seeds[k : k + batch], keep_steps, settings or {}, loras
+        )
         for k in track(range(0, len(prompts), batch), description="clips", transient=True)
     ]
 
@@ -363,6 +367,7 @@ def _sample(
     seeds: Sequence[int],
     keep_steps: Sequence[int],
     settings: Mapping[str, object],
+    loras: Sequence[tuple[Lora, float]],
 ) -> Sampled:
     requests = [
         GenerationRequest.from_dict({**settings, "prompt": text}).resolved(models.profile)
@@ -419,7 +424,7 @@ def _sample(
         if step + 1 in keep_steps:
             estimates[step + 1] = sigma, latents(denoised)
 
-    with models.transformer() as transformer:
+    with models.transformer(loras) as transformer:
         x = denoising.denoise(
             stages.computing_in(models.dtype, transformer),
             stages.schedule_of(request),

@@ -114,10 +114,12 @@ def train(config: RewardTrainingConfig) -> Path:
         prepare_pairs(models, folder / name, clips=clips, seed=seed, **common)
     pairs = read_parts(folder / "pairs", "pairs-*.safetensors")
     held_out = read_parts(folder / "held_out", "pairs-*.safetensors")
-    generated = None
+    grids = Grids.of(grids_of(models, pairs["video"][0, 0], pairs["audio"][0, 0], fps=12.0))
+    generated = own_grids = None
     if config.generator is not None:
         generated = prepare_generated(config, folder / "generated")
-    grids = Grids.of(grids_of(models, pairs["video"][0, 0], pairs["audio"][0, 0], fps=12.0))
+        first = generated["video"][0, 0], generated["audio"][0, 0]
+        own_grids = Grids.of(grids_of(models, *first, models.profile.frame_rate))
     model = build(config, pairs)
     average = averaged_copy(model)
     optimizers = muon_and_adamw(
@@ -140,8 +142,8 @@ def train(config: RewardTrainingConfig) -> Path:
         # PyTorch's fused attention takes twice as long backwards for so few tokens on a CPU.
         with sdpa_kernel(SDPBackend.MATH):
             losses = world_losses(model, batch, grids, run.generator(step), config)
-            if generated is not None:
-                losses |= generated_losses(model, average, generated, grids, rng, config)
+            if generated is not None and own_grids is not None:
+                losses |= generated_losses(model, average, generated, own_grids, rng, config)
             loss = torch.stack(list(losses.values())).sum()
             for optimizer in optimizers.values():
                 optimizer.zero_grad(set_to_none=True)
@@ -256,7 +258,8 @@ def world_losses(
         "visual": in_order(visual[0], visual[1], visual[2]),
         "motion": in_order(motion[0], motion[3], motion[4]),
         "text": (bradley_terry(text[0], text[1]) + bradley_terry(text[0], text[2])) / 2,
-        "sync": in_order(*sync[:3], weight) + bradley_terry(sync[0], sync[3], weight) / 4,
+        "sync": in_order(sync[0], sync[1], sync[2], weight)
+        + bradley_terry(sync[0], sync[3], weight) / 4,
     }
     leaks = [visual[3] - visual[0], visual[4] - visual[0], motion[1] - motion[0]]
     losses["others"] = config.others_weight * torch.stack(leaks).square().mean()

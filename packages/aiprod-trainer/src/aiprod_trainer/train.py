@@ -15,7 +15,7 @@ import importlib.util
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,14 @@ from aiprod_trainer.modes import (
     reference_factors,
 )
 from aiprod_trainer.named_optimizers import build_optimizers, learning_rate_factor
-from aiprod_trainer.objective import Noised, draw_sigmas, noise_state, sample_losses, shift_for
+from aiprod_trainer.objective import (
+    Noised,
+    draw_sigmas,
+    flow_dpo_losses,
+    noise_state,
+    sample_losses,
+    shift_for,
+)
 from aiprod_trainer.optimizers import set_learning_rate
 from aiprod_trainer.publishing import publish_weights, push_to_hub
 from aiprod_trainer.reporting import Report
@@ -170,9 +177,16 @@ def _train(config: TrainingConfig, accelerator: Accelerator, *, resume: bool) ->
                 is_last = number == len(micro_batches) - 1
                 syncs = contextlib.nullcontext() if is_last else accelerator.no_sync(model)
                 with syncs:
-                    examples = make_examples(config, batch, rows, step, projector, sizes, device)
+                    example = partial(make_examples, config, rows=rows, step=step)
+                    example = partial(example, projector=projector, sizes=sizes, device=device)
+                    examples = example(batch)
                     with precision():
-                        losses = losses_of(model, examples)
+                        if config.is_preference:
+                            worse = example(rejected(batch))
+                            losses = preference_losses(config, model, transformer, examples, worse)
+                            examples = dict.fromkeys(losses, examples["video"])
+                        else:
+                            losses = losses_of(model, examples)
                     loss = torch.stack([values.mean() for values in losses.values()]).sum()
                     accelerator.backward(loss / len(micro_batches))
                 report.losses(examples, losses)
@@ -268,8 +282,11 @@ def open_data(config: TrainingConfig, checkpoint: Checkpoint) -> LatentDataset:
     section = checkpoint.config.get("text_encoder") or {"type": "gemma3"}
     length = int(section.get("max_length") or TEXT_LENGTHS[section["type"]])
     data = LatentDataset(config.data.preprocessed_data_root, length)
+    needed = needed_tensors(config.mode)
+    if config.is_preference:
+        needed += ["rejected_video", "rejected_audio"]
     for bucket in data.buckets:
-        missing = [name for name in needed_tensors(config.mode) if name not in bucket.shapes]
+        missing = [name for name in needed if name not in bucket.shapes]
         if missing:
             hint = "; or set training_strategy.with_audio false" if missing == ["audio"] else ""
             raise InputError(
@@ -470,6 +487,26 @@ def losses_of(model: nn.Module, examples: dict[str, Noised]) -> dict[str, Tensor
         )
         if example is not None and velocity is not None
     }
+
+
+def rejected(batch: Batch) -> Batch:
+    """The clips that are worse than the batch's, with the same captions."""
+    extras = batch.extras
+    return replace(batch, video=extras["rejected_video"], audio=extras["rejected_audio"])
+
+
+def preference_losses(
+    config: TrainingConfig,
+    model: nn.Module,
+    transformer: Transformer,  # what `model` runs, alone or among processes
+    better: dict[str, Noised],
+    worse: dict[str, Noised],
+) -> dict[str, Tensor]:
+    """(B,) Flow-DPO losses; the reference is the base, without the LoRA that is trained."""
+    with torch.no_grad(), adapters.switched_off(transformer):
+        before = losses_of(model, better), losses_of(model, worse)
+    now = losses_of(model, better), losses_of(model, worse)
+    return {"preference": flow_dpo_losses(*now, *before, config.training_strategy.beta)}
 
 
 def clip_gradients(

@@ -41,6 +41,7 @@ class StrategySection(Section):
     first_frame_conditioning_p: float = Field(default=0.1, ge=0.0, le=1.0)
     with_audio: bool = True
     reference_latents_dir: str | None = None  # video_to_video
+    beta: float = Field(default=500.0, gt=0.0)  # ours, of preference: how closely to keep the base
 
 
 class OptimizationSection(Section):
@@ -167,6 +168,10 @@ class TrainingConfig(Section):
     log_interval: int = Field(default=10, ge=1)  # ours: steps
 
     @property
+    def is_preference(self) -> bool:
+        return self.training_strategy.name == "preference"
+
+    @property
     def mode(self) -> Mode:
         """The streams of the strategy. Raises InputError for a name that no mode has."""
         return mode_of(self.training_strategy)
@@ -184,6 +189,11 @@ def read_training_config(path: Path, overrides: list[str] | None = None) -> Trai
                 f"acceleration.{key} is for weights that stay as they are; full fine-tuning "
                 "changes them: set model.training_mode lora, or spread them with distributed fsdp."
             )
+    if config.is_preference and not is_lora:
+        raise InputError(
+            "training_strategy.name preference compares the model with what it was before: set "
+            "model.training_mode lora, whose base stays as it was."
+        )
     if acceleration.blocks_to_swap and not config.optimization.enable_gradient_checkpointing:
         raise InputError(
             "acceleration.blocks_to_swap needs optimization.enable_gradient_checkpointing: without "
