@@ -126,6 +126,20 @@ def test_clients_that_race_never_fill_the_queue_above_its_bound(store: JobStore,
     assert len(refused) == 27
 
 
+def test_no_request_waits_until_the_log_is_moved_to_the_disk(tmp_path: Path, new_job: New):
+    path = tmp_path / "jobs.sqlite3"
+    store = JobStore(Database(f"sqlite:///{path}"), keep_s=1, max_queue=1000)
+    store.create_tables()
+    store.database.checkpoint()
+    size = path.stat().st_size
+    log = path.with_name("jobs.sqlite3-wal")
+    while log.stat().st_size < 6 * 2**20:  # SQLite would move it at 4 MB
+        store.submit(new_job())
+    assert path.stat().st_size == size
+    store.database.checkpoint()
+    assert path.stat().st_size > size
+
+
 def test_the_job_of_a_dead_worker_is_begun_again_and_the_dead_is_not_heard(
     store: JobStore, new_job: New
 ):

@@ -136,7 +136,6 @@ class Submissions:
             earlier = self.store.find_by_key(owner, idempotency_key)
             if earlier is not None:
                 return _same(earlier, fingerprint)
-        self.check_room()
         model = body.model or next(iter(self.settings.models))
         values = self._values(owner, model, body)
         values["prompt"] = body.prompt
@@ -158,7 +157,6 @@ class Submissions:
 
     def remix(self, owner: str, source: Job, prompt: str, body: Generation) -> Job:
         """The source's request with what the body names changed, over files of its own."""
-        self.check_room()
         values = source.request | {"prompt": prompt} | self._values(owner, source.model, body)
         name = body.pipeline or source.pipeline
         return self._queue(
@@ -171,7 +169,6 @@ class Submissions:
 
     def queue(self, owner: str, model: str | None, name: str, values: dict[str, Any]) -> Job:
         """Queues plain values of a GenerationRequest, whose paths are those of uploads."""
-        self.check_room()
         model = model or next(iter(self.settings.models))
         return self._queue(NewJob(owner, model, name, values, "", 0.0))
 
@@ -192,7 +189,7 @@ class Submissions:
     # Parts.
 
     def check_room(self) -> None:
-        """Raises ApiError 429 when the queue is full; asked before anything costs time."""
+        """Raises ApiError 429 when the queue is full; asked before a file is looked at."""
         try:
             self.store.check_queue()
         except QueueFullError:
@@ -222,6 +219,7 @@ class Submissions:
         return values
 
     def _file(self, owner: str, reference: FileReference | str, param: str) -> str:
+        self.check_room()
         if isinstance(reference, FileReference):
             names = [reference.file_id, reference.image_url, reference.video_id]
             if names.count(None) != 2:

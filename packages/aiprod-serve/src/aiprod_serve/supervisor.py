@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WATCH_S = 0.2
+CHECKPOINT_S = 2.0
 LEASES_S = 5.0
 EXPIRY_S = 30.0
 WEBHOOKS_S = 1.0
@@ -84,6 +85,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self.stopping.set())
         for work, every_s in (
+            (self.database.checkpoint, CHECKPOINT_S),
             (self.store.requeue_expired, LEASES_S),
             (self._expire, EXPIRY_S),
             (self._send_webhooks, WEBHOOKS_S),
