@@ -1,6 +1,6 @@
 // Two takes side by side: they play together, and one of them is heard.
 
-import { $, h, iconButton, seconds, segments, setIcon } from "./dom.js";
+import { $, h, iconButton, play, seconds, segments, setIcon } from "./dom.js";
 import { blob, json } from "./api.js";
 import { clips, family, order } from "./library.js";
 import { still } from "./gallery.js";
@@ -85,10 +85,10 @@ function transport(sides, signal) {
   const leader = sides[0].duration >= sides[1].duration ? videos[0] : videos[1];
   const clock = h("span", { class: "clock" });
   const hear = (letter) => videos.forEach((video, index) => (video.muted = "AB"[index] !== letter));
-  const play = iconButton("play", "Play both", () => {
+  const button = iconButton("play", "Play both", () => {
     if (leader.paused) {
       if (leader.ended) seek(0);
-      videos.forEach((video) => video.play());
+      videos.forEach(play);
     } else {
       videos.forEach((video) => video.pause());
     }
@@ -112,16 +112,16 @@ function transport(sides, signal) {
 
   leader.addEventListener("ended", () => {
     seek(0);
-    videos.forEach((video) => video.play());
+    videos.forEach(play);
   });
   for (const name of ["play", "pause", "seeked"]) {
     leader.addEventListener(name, () => {
-      setIcon(play, leader.paused ? "play" : "pause", leader.paused ? "Play both" : "Pause both");
+      setIcon(button, leader.paused ? "play" : "pause", leader.paused ? "Play both" : "Pause both");
       show();
     });
   }
   hear("A");
   show();
-  return h("div", { class: "transport", role: "group", "aria-label": "Both players" }, play, clock, scrub,
+  return h("div", { class: "transport", role: "group", "aria-label": "Both players" }, button, clock, scrub,
     segments("hear", "Which one is heard", [["A", "Hear A"], ["B", "Hear B"]], "A", hear));
 }

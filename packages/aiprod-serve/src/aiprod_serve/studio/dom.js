@@ -73,6 +73,13 @@ export function announce(text) {
 
 export const isCalm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
+// Begins to play; that a pause or a removal came first is no failure.
+export function play(video) {
+  video.play().catch((error) => {
+    if (error.name !== "AbortError") throw error;
+  });
+}
+
 export function seconds(value) {
   return `${value.toFixed(2)} s`;
 }

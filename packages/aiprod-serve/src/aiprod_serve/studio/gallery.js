@@ -1,6 +1,6 @@
 // The clips as cards: a still that plays under the pointer, and where a clip in the making stands.
 
-import { $, h, icon, isCalm, seconds, since } from "./dom.js";
+import { $, h, icon, isCalm, play, since } from "./dom.js";
 import { blob } from "./api.js";
 import { clips, isActive, library, order, previews, server, showOlder, stageText } from "./library.js";
 
@@ -88,7 +88,7 @@ function factsOf(clip) {
   return [
     kind ? h("span", { class: "badge" }, kind) : null,
     h("span", {}, clip.status === "completed" || isActive(clip)
-      ? seconds(Number(clip.seconds)) : { failed: "Failed", cancelled: "Cancelled" }[clip.status]),
+      ? `${Number(clip.seconds).toFixed(1)} s` : { failed: "Failed", cancelled: "Cancelled" }[clip.status]),
     h("span", {}, since(clip.created_at)),
   ].filter(Boolean);
 }
@@ -128,7 +128,7 @@ function playUnderPointer(link, picture, id) {
       video = h("video", { src: url, loop: true, playsinline: true, "aria-hidden": true, tabindex: -1 });
       video.muted = true;
       picture.append(video);
-      video.play().catch(() => {});
+      play(video);
     }, HOVER_MS);
   };
   const end = () => {

@@ -1,6 +1,6 @@
 // A clip that plays: its picture, or its sound alone, and the buttons that go with it.
 
-import { h, icon, iconButton, isCalm, seconds, setIcon } from "./dom.js";
+import { h, icon, iconButton, isCalm, play, seconds, setIcon } from "./dom.js";
 
 // `url` is the clip's blob. ontime(time) follows it while it plays.
 export function createPlayer({ url, poster, hasPicture, label, duration, ontime }) {
@@ -12,7 +12,7 @@ export function createPlayer({ url, poster, hasPicture, label, duration, ontime 
   const screen = h("div", { class: hasPicture ? "screen" : "screen sound-only" }, glow, video,
     hasPicture ? null : icon("note"), big);
 
-  const play = iconButton("play", "Play", toggle);
+  const button = iconButton("play", "Play", toggle);
   const loop = h("button", { type: "button", class: "icon-button", "aria-label": "Repeat",
     "aria-pressed": true, title: "Repeat", onclick: () => {
       video.loop = !video.loop;
@@ -22,10 +22,10 @@ export function createPlayer({ url, poster, hasPicture, label, duration, ontime 
   const full = iconButton("full", "Full screen", () => video.requestFullscreen?.());
   const clock = h("span", { class: "clock" });
   const transport = h("div", { class: "transport", role: "group", "aria-label": "Player" },
-    play, clock, h("span", { class: "gap" }), loop, mute, hasPicture ? full : null);
+    button, clock, h("span", { class: "gap" }), loop, mute, hasPicture ? full : null);
 
   function toggle() {
-    if (video.paused) video.play();
+    if (video.paused) play(video);
     else video.pause();
   }
 
@@ -46,7 +46,7 @@ export function createPlayer({ url, poster, hasPicture, label, duration, ontime 
   }
 
   function onstate() {
-    setIcon(play, video.paused ? "play" : "pause", video.paused ? "Play" : "Pause");
+    setIcon(button, video.paused ? "play" : "pause", video.paused ? "Play" : "Pause");
     big.hidden = !video.paused;
     if (!video.paused) follow();
   }

@@ -39,6 +39,7 @@ export function table(names, rows) {
 function textOf(value) {
   if (value === null || value === "" || (Array.isArray(value) && !value.length)) return "";
   if (Array.isArray(value)) return value.map(textOf).join(", ");
+  if (typeof value === "number") return String(Number.isInteger(value) ? value : Number(value.toFixed(4)));
   if (typeof value !== "object") return String(value);
   if ("path" in value) return value.path.split("/").at(-1); // of a file, its name is enough
   return Object.entries(value).map(([name, part]) => `${name} ${part}`).join(", ");
