@@ -35,6 +35,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from aiprod_core.components import conditioning
 from aiprod_core.types import AV
 from aiprod_pipelines import media, stages
 from aiprod_pipelines.clip import Clip
@@ -94,8 +95,9 @@ class FaultyClip(Clip):
         if fault.modality == "video":
             scale = self.models.profile.scale.time
             return at[same[(at + scale - 1) // scale]]
-        step = self.request.shape.duration_s * SAMPLE_RATE / len(same)
-        return at[same[np.minimum((at / step).astype(int), len(same) - 1)]]
+        grid = stages.audio_grid(self.models, self.request.shape)
+        ends = conditioning.audio_state(grid).positions[0, 0, :, 1].numpy() * SAMPLE_RATE
+        return at[same[np.minimum(np.searchsorted(ends, at, side="right"), len(same) - 1)]]
 
     @cached_property
     def audio(self) -> media.Audio | None:

@@ -39,12 +39,14 @@ def hum(duration_s: float = 25 / FPS, level: float = 0.3) -> media.Audio:
 
 
 def clicks(times_s, duration_s: float = 25 / FPS) -> media.Audio:
+    """Thuds, and between them the noise that a vocoder leaves in pauses."""
     t = np.arange(round(duration_s * RATE)) / RATE
     wave = sum(
         (t >= at) * np.exp(-np.maximum(t - at, 0) / 0.03) * np.sin(4400 * np.maximum(t - at, 0))
         for at in times_s
     )
-    return media.Audio(np.stack([wave, wave]).astype(np.float32) * 0.5, RATE)
+    noise = np.random.default_rng(2).normal(0, 1e-4, (2, len(t)))
+    return media.Audio((0.5 * np.stack([wave, wave]) + noise).astype(np.float32), RATE)
 
 
 def found_in(frames: np.ndarray, audio: media.Audio) -> dict[str, tuple[float, float]]:
@@ -73,6 +75,9 @@ def test_a_row_seam_is_found_and_a_horizon_is_none():
     frames[:, 45:] -= 40
     horizon = frames.clip(0, 255).astype(np.uint8)
     assert found_in(horizon, hum()) == {}
+    empty = horizon.copy()
+    empty[4:10] = 128
+    assert found_in(empty, hum()) == {"grey": (4, 10)}
     frames[10:16, 20:] += 25
     assert found_in(frames.clip(0, 255).astype(np.uint8), hum()) == {"seam": (10, 16)}
 
@@ -84,13 +89,31 @@ def test_what_has_come_to_rest_in_silence_is_not_frozen_and_what_still_sounds_is
     assert found_in(frames, hum()) == {"frozen": (12, 25)}
 
 
-def test_silence_is_a_defect_where_all_is_silent_or_sound_breaks_off():
+def test_silence_is_a_defect_where_all_is_silent_or_the_signal_is_gone():
     nothing = media.Audio(np.zeros((2, round(25 / FPS * RATE)), np.float32), RATE)
     assert found_in(moving(), nothing) == {"silence": (0, 25)}
     broken = hum()
     broken.samples[:, RATE // 2 : RATE] = 0
     start, end = found_in(moving(), broken)["silence"]
     assert (start, end) == (pytest.approx(6, abs=0.2), pytest.approx(12, abs=0.2))
+
+
+def falling() -> np.ndarray:
+    """A disc that falls, lands at frame 12 and lies."""
+    frames = np.full((25, 64, 64, 3), 150, np.uint8)
+    for t in range(25):
+        height = 8 + 42 * min(t / 12, 1.0) ** 2
+        cv2.circle(frames[t], (32, int(height)), 7, (200, 30, 30), -1)
+    return frames
+
+
+def test_sound_that_is_late_as_a_whole_is_found_with_its_delay_and_rolling_noise_is_not():
+    assert heal.sync_defects(falling(), FPS, clicks([1.0])) == []
+    (late,) = heal.sync_defects(falling(), FPS, clicks([1.4]))
+    assert late.kind == "desync" and late.offset_ms == pytest.approx(400, abs=60)
+    (early,) = heal.sync_defects(falling(), FPS, clicks([0.6]))
+    assert early.offset_ms == pytest.approx(-400, abs=60)
+    assert heal.sync_defects(falling(), FPS, hum()) == []
 
 
 def test_clipping_is_found_where_it_is():

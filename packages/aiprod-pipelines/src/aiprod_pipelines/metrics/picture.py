@@ -125,18 +125,19 @@ def seam_spans(
 ) -> tuple[Span, ...]:
     """Spans in which a seam of `threshold` levels stays at one line for `min_frames` or longer.
 
-    A row counts only beyond what it has in the frames where it has least: a horizon is no seam, nor
-    is a row seam that lasts all through.
+    A row counts only beyond what it has in the frames where it has least, of those that show
+    something: a horizon is no seam, nor is a row seam that lasts all through.
     """
     luma = _luma(frames)
-    if min(luma.shape[1:]) < 8:
+    shown = luma.std(axis=(1, 2)) >= 3
+    if min(luma.shape[1:]) < 8 or not shown.any():
         return ()
     found = np.zeros(len(frames), dtype=bool)
     for axis in (2, 1):
         step = np.median(np.diff(luma, axis=axis), axis=3 - axis)  # (F, W - 1) or (F, H - 1)
         excess = np.abs(step - ndimage.median_filter(step, (1, 5), mode="nearest"))
         if axis == 1:
-            excess = excess - excess.min(axis=0)
+            excess = excess - excess[shown].min(axis=0)
         for line in (excess > threshold).T:
             for start, stop in runs(line):
                 found[start:stop] |= stop - start >= min_frames
