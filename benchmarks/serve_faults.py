@@ -36,8 +36,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=100)
     parser.add_argument("--kills", type=int, default=10, help="of each process")
     parser.add_argument("--full-disk", type=Path, metavar="FOLDER")
+    parser.add_argument("--timeout", type=int, default=1500, help="seconds for all of it")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    signal.alarm(options.timeout)
     with tempfile.TemporaryDirectory() as folder:
         result = kill_at_random(options.model, Path(folder), options.jobs, options.kills)
     if options.full_disk is not None:

@@ -15,6 +15,7 @@ import asyncio
 import json
 import os
 import random
+import signal
 import sqlite3
 import ssl
 import statistics
@@ -59,7 +60,9 @@ def main() -> None:
 
 
 def start_server(model: str, folder: Path, *more: str) -> tuple[subprocess.Popen[str], str]:
-    """A server on a free port, ready to work."""
+    """A server on a free port, ready to work. Its caller ends it, also when stopped itself."""
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, lambda *_: sys.exit("stopped before the end"))
     command = [
         sys.executable, "-m", "aiprod_pipelines.cli", "serve", "--model", model, "--port", "0",
         "--data-dir", str(folder), "--device", "cpu", *more,
@@ -84,6 +87,7 @@ def start_server(model: str, folder: Path, *more: str) -> tuple[subprocess.Popen
             pass
         time.sleep(0.3)
     process.terminate()
+    process.wait()
     raise SystemExit("the server was not ready in time")
 
 
