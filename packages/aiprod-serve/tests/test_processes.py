@@ -11,8 +11,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from aiprod_pipelines import media
+from aiprod_serve.cli import serve_app
 from aiprod_serve.client import Client
 from aiprod_serve.database import Database, sqlite_url
 from aiprod_serve.jobs import JobStore
@@ -93,3 +95,13 @@ def test_a_killed_worker_and_a_killed_web_process_lose_no_job_and_a_stop_gives_j
     job = store.get(long)
     assert job is not None and (job.status, job.crashes) == ("queued", 0)
     assert children(process, "aiprod_serve") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--ray", "--replicas", text], "try 1:4") for text in ("0", "2:1", "1:2:3", "many")]
+    + [(["--replicas", "2"], "goes with --ray")],
+)
+def test_replicas_that_make_no_sense_are_refused(arguments: list[str], message: str):
+    result = CliRunner().invoke(serve_app, arguments)
+    assert result.exit_code == 2 and message in " ".join(result.output.split())

@@ -81,8 +81,11 @@ def serve(
         ),
     ] = False,
     replicas: Annotated[
-        str, typer.Option(metavar="MIN[:MAX]", help="With --ray: how many, as the queue grows.")
-    ] = "1",
+        str | None,
+        typer.Option(
+            metavar="MIN[:MAX]", help="With --ray: how many, as the queue grows; default: 1."
+        ),
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="As for `generate`.")] = None,
     text_encoder: Annotated[str | None, typer.Option(help="As for `generate`.")] = None,
     pipeline: Annotated[str, typer.Option(help="Of requests that name none.")] = "one-stage",
@@ -109,11 +112,14 @@ def serve(
     """
     if context.invoked_subcommand is not None:
         return
+    from aiprod_core.errors import InputError
     from aiprod_serve.settings import Settings
     from aiprod_serve.supervisor import Supervisor
 
+    if replicas is not None and not ray:
+        raise InputError("--replicas goes with --ray; without it, repeat --device.")
+    bounds = _parse_bounds(replicas or "1")
     devices = tuple(device or _all_devices())
-    bounds = _parse_bounds(replicas)
     settings = Settings(
         data_dir=data_dir.resolve(),
         models=_check_models(model or ["nano"], text_encoder, pipeline),
@@ -141,7 +147,7 @@ def serve(
         supervisor.replicas = Replicas(settings, store, port, bounds, devices[0])
     shown = f"[{host}]" if ":" in host else host
     names = ", ".join(settings.models)
-    where = f"{replicas} replicas" if ray else ", ".join(devices)
+    where = f"{bounds[0]} to {bounds[1]} replicas" if ray else ", ".join(devices)
     typer.echo(f"http://{shown}:{supervisor.port}: {names} on {where}; Ctrl-C stops", err=True)
     supervisor.run()
 
