@@ -22,7 +22,9 @@ export async function call(path, { method = "GET", body, headers = {}, signal } 
       sent["content-type"] = "application/json";
     }
     const response = await fetch(path, {
-      method, signal, headers: sent,
+      method,
+      signal,
+      headers: sent,
       body: body === undefined || body instanceof FormData ? body : JSON.stringify(body),
     });
     if (response.ok) return response;
@@ -38,7 +40,8 @@ export async function json(path, options) {
 // Seeds go up to 2^63: those that a double cannot hold stay text, which the server takes as well.
 export function exactly(text) {
   return JSON.parse(text, (name, value, context) =>
-    name === "seed" && !Number.isSafeInteger(value) && context ? context.source : value);
+    name === "seed" && !Number.isSafeInteger(value) && context ? context.source : value,
+  );
 }
 
 export function blob(path, signal) {
@@ -70,7 +73,10 @@ export async function* events(path, signal) {
     text = blocks.pop();
     for (const block of blocks) {
       const fields = Object.fromEntries(
-        block.split("\n").map((line) => [line.split(": ", 1)[0], line.slice(line.indexOf(": ") + 2)]));
+        block
+          .split("\n")
+          .map((line) => [line.split(": ", 1)[0], line.slice(line.indexOf(": ") + 2)]),
+      );
       if (fields.event) yield { name: fields.event, data: exactly(fields.data) };
     }
   }
@@ -96,7 +102,7 @@ function askForKey(wasRefused) {
     const dialog = $("key-dialog");
     $("key-error").textContent = wasRefused ? "The server does not know that key." : "";
     $("key").value = "";
-    dialog.oncancel = (event) => event.preventDefault();
+    dialog.onclose = () => asking && dialog.showModal(); // without a key there is nothing to see
     $("key-form").onsubmit = () => {
       sessionStorage.setItem(KEY, $("key").value.trim());
       $("forget-key").hidden = false;

@@ -5,8 +5,14 @@ import { upload } from "./api.js";
 import { drawWave, readPeaks } from "./waveform.js";
 
 const KIND_NAMES = {
-  canny: "Edges", depth: "Depth", pose: "Pose", detailer: "Detail", reference: "As it is",
-  "canny-made": "Edges, made", "depth-made": "Depth, made", "pose-made": "Pose, made",
+  canny: "Edges",
+  depth: "Depth",
+  pose: "Pose",
+  detailer: "Detail",
+  reference: "As it is",
+  "canny-made": "Edges, made",
+  "depth-made": "Depth, made",
+  "pose-made": "Pose, made",
 };
 
 const items = []; // {role, file, url, id, element, at, strength, kind}
@@ -14,16 +20,20 @@ let controls = [];
 
 export function setControls(kinds) {
   controls = kinds;
-  const input = $("reference-file"), hint = $("reference-hint");
+  const input = $("reference-file"),
+    hint = $("reference-hint");
   input.disabled = !kinds.length;
   $("reference-tile").classList.toggle("off", !kinds.length);
   hint.hidden = kinds.length > 0;
-  hint.textContent = kinds.length ? "" : "References need an IC-LoRA beside the model; there is none.";
+  hint.textContent = kinds.length
+    ? ""
+    : "References need an IC-LoRA beside the model; there is none.";
 }
 
 // The fields of a request that the files give. Throws an Error while one is on its way.
 export function attachedFields(frameRate, numFrames, pipeline) {
-  if (items.some((item) => !item.id)) throw new Error("A file is still on its way; try again in a moment.");
+  if (items.some((item) => !item.id))
+    throw new Error("A file is still on its way; try again in a moment.");
   const fields = {};
   for (const { role, id, kind, at, strength } of items) {
     const file = { file_id: id };
@@ -44,7 +54,8 @@ export const hasReference = () => items.some((item) => item.role === "reference"
 
 export function initAttachments(onchange) {
   for (const role of ["image", "audio", "reference"]) {
-    const input = $(`${role}-file`), tile = $(`${role}-tile`);
+    const input = $(`${role}-file`),
+      tile = $(`${role}-tile`);
     tile.prepend(icon({ image: "image", audio: "note", reference: "film" }[role]));
     input.addEventListener("change", () => {
       for (const file of input.files) add(role, file, onchange);
@@ -76,15 +87,23 @@ async function add(role, file, onchange) {
   if (role !== "image") items.filter((item) => item.role === role).forEach(drop);
   const item = { role, url: URL.createObjectURL(file), at: 0, strength: 1, kind: controls[0] };
   const state = h("p", { class: "hint" }, "sending");
-  item.element = h("li", { class: "attachment" },
+  item.element = h(
+    "li",
+    { class: "attachment" },
     await preview(role, file, item.url),
-    h("div", { class: "attachment-body" }, h("p", { class: "attachment-name" }, file.name), state,
-      options(item)),
+    h(
+      "div",
+      { class: "attachment-body" },
+      h("p", { class: "attachment-name" }, file.name),
+      state,
+      options(item),
+    ),
     iconButton("close", `Remove ${file.name}`, () => {
       drop(item);
       onchange();
       $(`${role}-file`).focus();
-    }));
+    }),
+  );
   items.push(item);
   $("attachments").append(item.element);
   onchange();
@@ -112,14 +131,33 @@ function drop(item) {
 
 function options(item) {
   const row = h("div", { class: "attachment-options" });
-  const number = (label, name, max, step) => h("label", { class: "inline" }, label, h("input", {
-    type: "number", min: 0, max, step, value: item[name],
-    onchange: (event) => (item[name] = Number(event.target.value)),
-  }));
+  const number = (label, name, max, step) =>
+    h(
+      "label",
+      { class: "inline" },
+      label,
+      h("input", {
+        type: "number",
+        min: 0,
+        max,
+        step,
+        value: item[name],
+        onchange: (event) => (item[name] = Number(event.target.value)),
+      }),
+    );
   if (item.role === "reference") {
-    row.append(h("label", { class: "inline" }, "Follow ",
-      h("select", { onchange: (event) => (item.kind = event.target.value) },
-        controls.map((kind) => h("option", { value: kind }, KIND_NAMES[kind] ?? kind)))));
+    row.append(
+      h(
+        "label",
+        { class: "inline" },
+        "Follow ",
+        h(
+          "select",
+          { onchange: (event) => (item.kind = event.target.value) },
+          controls.map((kind) => h("option", { value: kind }, KIND_NAMES[kind] ?? kind)),
+        ),
+      ),
+    );
   }
   if (item.role === "image") row.append(number("At second ", "at", 60, 0.1));
   if (item.role !== "audio") row.append(number("Strength ", "strength", 1, 0.1));
@@ -128,15 +166,28 @@ function options(item) {
 
 async function preview(role, file, url) {
   if (role === "audio") {
-    const canvas = h("canvas", { class: "thumb", role: "img", "aria-label": `Waveform of ${file.name}` });
-    file.arrayBuffer().then((bytes) => readPeaks(bytes, 80)).then((peaks) => {
-      if (peaks) drawWave(canvas, peaks);
+    const canvas = h("canvas", {
+      class: "thumb",
+      role: "img",
+      "aria-label": `Waveform of ${file.name}`,
     });
+    file
+      .arrayBuffer()
+      .then((bytes) => readPeaks(bytes, 80))
+      .then((peaks) => {
+        if (peaks) drawWave(canvas, peaks);
+      });
     return canvas;
   }
   if (file.type.startsWith("video/")) {
-    return h("video", { class: "thumb", src: url, muted: true, playsinline: true, preload: "auto",
-      "aria-label": file.name });
+    return h("video", {
+      class: "thumb",
+      src: url,
+      muted: true,
+      playsinline: true,
+      preload: "auto",
+      "aria-label": file.name,
+    });
   }
   return h("img", { class: "thumb", src: url, alt: file.name });
 }

@@ -7,7 +7,13 @@ import { add } from "./library.js";
 
 const DRAFT = "aiprod.prompt";
 const USUAL_PRESET = "standard";
-const SHAPES = [["wide", 16, 9], ["classic", 3, 2], ["square", 1, 1], ["upright", 2, 3], ["tall", 9, 16]];
+const SHAPES = [
+  ["wide", 16, 9],
+  ["classic", 3, 2],
+  ["square", 1, 1],
+  ["upright", 2, 3],
+  ["tall", 9, 16],
+];
 const NEEDS_A_CLIP = "source"; // pipelines that need one are for the stage
 
 let choices = null;
@@ -37,19 +43,40 @@ export function offer(given) {
   choices = given;
   preset = choices.presets.find(({ name }) => name === USUAL_PRESET) ?? choices.presets[0] ?? null;
   $("presets").hidden = !preset;
-  $("preset-row").replaceChildren(...choices.presets.map(({ name }) => h("label", { class: "segment" },
-    h("input", { type: "radio", name: "preset", value: name, checked: name === preset.name, onchange: () => {
-      preset = choices.presets.find((other) => other.name === name);
-      $("pipeline").value = "";
-      showWay();
-    } }), h("span", {}, name))));
-  const pipelines = choices.pipelines.filter(({ name, needs }) =>
-    !needs.includes(NEEDS_A_CLIP) && name !== "ic-lora");
-  $("pipeline").replaceChildren(h("option", { value: "" }, "as the quality says"),
-    ...pipelines.map(({ name }) => h("option", { value: name }, name)));
+  $("preset-row").replaceChildren(
+    ...choices.presets.map(({ name }) =>
+      h(
+        "label",
+        { class: "segment" },
+        h("input", {
+          type: "radio",
+          name: "preset",
+          value: name,
+          checked: name === preset.name,
+          onchange: () => {
+            preset = choices.presets.find((other) => other.name === name);
+            $("pipeline").value = "";
+            showWay();
+          },
+        }),
+        h("span", {}, name),
+      ),
+    ),
+  );
+  const pipelines = choices.pipelines.filter(
+    ({ name, needs }) => !needs.includes(NEEDS_A_CLIP) && name !== "ic-lora",
+  );
+  $("pipeline").replaceChildren(
+    h("option", { value: "" }, "as the quality says"),
+    ...pipelines.map(({ name }) => h("option", { value: name }, name)),
+  );
   $("camera-field").hidden = !choices.camera_motions.length;
-  $("camera").replaceChildren(h("option", { value: "" }, "as it comes"),
-    ...choices.camera_motions.map((name) => h("option", { value: name }, name.replaceAll("-", " "))));
+  $("camera").replaceChildren(
+    h("option", { value: "" }, "as it comes"),
+    ...choices.camera_motions.map((name) =>
+      h("option", { value: name }, name.replaceAll("-", " ")),
+    ),
+  );
   setControls(choices.controls);
   const usual_s = choices.num_frames / choices.frame_rate;
   const most_s = Math.min(choices.limits.max_clip_s, Math.max(4 * usual_s, 10));
@@ -97,15 +124,19 @@ function showLength() {
 function way() {
   const name = hasReference() ? "ic-lora" : $("pipeline").value;
   const pipeline = choices.pipelines.find((other) => other.name === name);
-  if (pipeline) return { settings: { pipeline: name }, frame: pipeline.frame, summary: pipeline.summary };
+  if (pipeline)
+    return { settings: { pipeline: name }, frame: pipeline.frame, summary: pipeline.summary };
   return preset ?? { settings: {}, frame: choices.pipelines[0].frame, summary: "" };
 }
 
 function showWay() {
   const { frame, summary, settings } = way();
   const isPreset = way() === preset;
-  for (const input of $("preset-row").querySelectorAll("input")) input.checked = isPreset && input.value === preset.name;
-  $("preset-summary").textContent = isPreset ? summary : `Set by the pipeline ${settings.pipeline}.`;
+  for (const input of $("preset-row").querySelectorAll("input"))
+    input.checked = isPreset && input.value === preset.name;
+  $("preset-summary").textContent = isPreset
+    ? summary
+    : `Set by the pipeline ${settings.pipeline}.`;
   $("pipeline-summary").textContent = isPreset ? "" : summary;
   $("pipeline").disabled = hasReference();
   $("steps").placeholder = frame.num_inference_steps;
@@ -119,15 +150,22 @@ function showSizes(frame) {
   const usual = `${frame.width}x${frame.height}`;
   const sizes = new Map([[usual, "usual"]]);
   for (const [name, across, down] of SHAPES) {
-    const width = Math.max(1, Math.round(Math.sqrt((area * across) / down) / frame.grid_width)) * frame.grid_width;
-    const height = Math.max(1, Math.round(Math.sqrt((area * down) / across) / frame.grid_height)) * frame.grid_height;
+    const width =
+      Math.max(1, Math.round(Math.sqrt((area * across) / down) / frame.grid_width)) *
+      frame.grid_width;
+    const height =
+      Math.max(1, Math.round(Math.sqrt((area * down) / across) / frame.grid_height)) *
+      frame.grid_height;
     if (!sizes.has(`${width}x${height}`)) sizes.set(`${width}x${height}`, name);
   }
   const chosen = wantedSize || $("size").value;
   if (wantedSize && !sizes.has(wantedSize)) sizes.set(wantedSize, "as the clip");
   wantedSize = "";
-  $("size").replaceChildren(...[...sizes].map(([size, name]) =>
-    h("option", { value: size }, `${size.replace("x", " x ")}, ${name}`)));
+  $("size").replaceChildren(
+    ...[...sizes].map(([size, name]) =>
+      h("option", { value: size }, `${size.replace("x", " x ")}, ${name}`),
+    ),
+  );
   $("size").value = sizes.has(chosen) ? chosen : usual;
 }
 
@@ -136,7 +174,8 @@ function readForm() {
   const text = (id) => $(id).value.trim() || undefined;
   const number = (id) => ($(id).value === "" ? undefined : Number($(id).value));
   const [width, height] = $("size").value.split("x").map(Number);
-  const video = number("cfg-video"), audio = number("cfg-audio");
+  const video = number("cfg-video"),
+    audio = number("cfg-audio");
   const isGuided = video !== undefined || audio !== undefined;
   return {
     ...settings,
@@ -149,7 +188,8 @@ function readForm() {
     negative_prompt: text("negative"),
     num_inference_steps: number("steps") ?? settings.num_inference_steps,
     cfg_scale: isGuided
-      ? { video: video ?? choices.cfg_scale.video, audio: audio ?? choices.cfg_scale.audio } : undefined,
+      ? { video: video ?? choices.cfg_scale.video, audio: audio ?? choices.cfg_scale.audio }
+      : undefined,
     enlarge: Number($("enlarge").value) === 1 ? undefined : Number($("enlarge").value),
     generate_audio: $("silent").checked ? false : undefined,
     ...attachedFields(choices.frame_rate, numFrames(), settings.pipeline),

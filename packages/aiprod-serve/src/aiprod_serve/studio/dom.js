@@ -9,7 +9,7 @@ export function h(tag, props = {}, ...children) {
     if (value === undefined || value === null || value === false) continue;
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else if (name === "value") element.value = value;
-    else element.setAttribute(name, value === true ? "" : value);
+    else element.setAttribute(name, value === true && !name.startsWith("aria-") ? "" : value);
   }
   element.append(...children.flat().filter((child) => child !== null && child !== undefined));
   return element;
@@ -19,7 +19,8 @@ const PATHS = {
   play: "M7 4.500v15l12.500-7.500z",
   pause: "M7 4.500h3.500v15H7zM13.500 4.500H17v15h-3.500z",
   loop: "M4 12a6 6 0 0 1 6-6h7M14 3l3 3-3 3M20 12a6 6 0 0 1-6 6H7M10 21l-3-3 3-3",
-  sound: "M4 9.500v5h3.500L12 18.500v-13L7.500 9.500zM15 9c1.400 1.700 1.400 4.300 0 6M17.800 6.500c2.800 3.200 2.800 7.800 0 11",
+  sound:
+    "M4 9.500v5h3.500L12 18.500v-13L7.500 9.500zM15 9c1.400 1.700 1.400 4.300 0 6M17.800 6.500c2.800 3.200 2.800 7.800 0 11",
   muted: "M4 9.500v5h3.500L12 18.500v-13L7.500 9.500zM16 9.500l5 5M21 9.500l-5 5",
   full: "M4 9V4h5M15 4h5v5M20 15v5h-5M9 20H4v-5",
   image: "M4 5.500h16v13H4zM4 16l4.500-4.500 3.500 3.500 3-3 5 5M15.500 9.500h.01",
@@ -43,8 +44,11 @@ export function icon(name) {
 }
 
 export function iconButton(name, label, onclick, props = {}) {
-  return h("button", { type: "button", class: "icon-button", "aria-label": label, title: label,
-    onclick, ...props }, icon(name));
+  return h(
+    "button",
+    { type: "button", class: "icon-button", "aria-label": label, title: label, onclick, ...props },
+    icon(name),
+  );
 }
 
 export function setIcon(button, name, label) {
@@ -59,9 +63,20 @@ export function setIcon(button, name, label) {
 export function segments(name, label, options, chosen, onchange) {
   const row = h("div", { class: "segment-row" });
   for (const [value, text] of options) {
-    row.append(h("label", { class: "segment" },
-      h("input", { type: "radio", name, value, checked: value === chosen,
-        onchange: () => onchange(value) }), h("span", {}, text)));
+    row.append(
+      h(
+        "label",
+        { class: "segment" },
+        h("input", {
+          type: "radio",
+          name,
+          value,
+          checked: value === chosen,
+          onchange: () => onchange(value),
+        }),
+        h("span", {}, text),
+      ),
+    );
   }
   return h("fieldset", { class: "segments" }, h("legend", { class: "hidden" }, label), row);
 }
@@ -86,7 +101,12 @@ export function seconds(value) {
 
 export function since(unixTime) {
   const passed = Math.max(0, Date.now() / 1000 - unixTime);
-  const steps = [[60, 1, "just now"], [3600, 60, "min"], [86400, 3600, "h"], [Infinity, 86400, "d"]];
+  const steps = [
+    [60, 1, "just now"],
+    [3600, 60, "min"],
+    [86400, 3600, "h"],
+    [Infinity, 86400, "d"],
+  ];
   const [, unit, text] = steps.find(([below]) => passed < below);
   return unit === 1 ? text : `${Math.floor(passed / unit)} ${text} ago`;
 }

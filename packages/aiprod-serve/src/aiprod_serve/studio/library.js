@@ -6,7 +6,9 @@ import { announce } from "./dom.js";
 import { ApiError, events, json } from "./api.js";
 
 const PAGE = 48;
-const POLL_ACTIVE_MS = 1500, POLL_IDLE_MS = 20000, RETRY_MS = 2000;
+const POLL_ACTIVE_MS = 1500,
+  POLL_IDLE_MS = 20000,
+  RETRY_MS = 2000;
 const STAGES = {
   "encode prompt": "Reading the prompt",
   "encode images": "Looking at the image",
@@ -31,6 +33,8 @@ let timer = null;
 
 export const isActive = (clip) => clip.status === "queued" || clip.status === "in_progress";
 
+export const isSound = (clip) => clip.pipeline === "text-to-audio"; // alone, without a picture
+
 export function stageText(clip) {
   if (clip.status === "queued") {
     const waiting = order.map((id) => clips.get(id)).filter((other) => other.status === "queued");
@@ -44,10 +48,13 @@ export function stageText(clip) {
 export function family(id) {
   const root = (clip) => {
     const parent = clips.get(clip.remixed_from_video_id);
-    return parent ? root(parent) : clip.remixed_from_video_id ?? clip.id;
+    return parent ? root(parent) : (clip.remixed_from_video_id ?? clip.id);
   };
   const own = root(clips.get(id));
-  return order.map((other) => clips.get(other)).filter((clip) => root(clip) === own).reverse();
+  return order
+    .map((other) => clips.get(other))
+    .filter((clip) => root(clip) === own)
+    .reverse();
 }
 
 export function prefer(id) {
@@ -75,7 +82,8 @@ export async function refresh() {
     const last = page.data.at(-1);
     const seen = new Set(page.data.map((clip) => clip.id));
     const older = page.has_more
-      ? order.filter((id) => !seen.has(id) && clips.get(id).created_at <= last.created_at) : [];
+      ? order.filter((id) => !seen.has(id) && clips.get(id).created_at <= last.created_at)
+      : [];
     if (!older.length) server.hasOlder = page.has_more;
     for (const id of order) if (!seen.has(id) && !older.includes(id)) clips.delete(id);
     for (const clip of page.data) note(clip);
@@ -113,18 +121,31 @@ function schedule(wait_ms) {
 // Keeps what was heard last of a clip, and says what a person would want to hear.
 function note(clip) {
   const before = clips.get(clip.id);
-  if (before && isActive(before) && before.progress > clip.progress && isActive(clip)
-      && before.status === clip.status) {
+  if (
+    before &&
+    isActive(before) &&
+    before.progress > clip.progress &&
+    isActive(clip) &&
+    before.status === clip.status
+  ) {
     clip = { ...clip, progress: before.progress }; // a list that was read before the event
   }
   clips.set(clip.id, clip);
   if (!before || !isActive(before)) return;
   if (!isActive(clip)) {
-    announce({ completed: "A clip is finished", failed: "A clip failed", cancelled: "A clip was cancelled" }[clip.status]
-      + `: ${clip.prompt}`);
+    announce(
+      {
+        completed: "A clip is finished",
+        failed: "A clip failed",
+        cancelled: "A clip was cancelled",
+      }[clip.status] + `: ${clip.prompt}`,
+    );
     previews.delete(clip.id);
-  } else if (clip.id === preferred && clip.status === "in_progress"
-      && Math.floor(clip.progress / 25) > Math.floor(before.progress / 25)) {
+  } else if (
+    clip.id === preferred &&
+    clip.status === "in_progress" &&
+    Math.floor(clip.progress / 25) > Math.floor(before.progress / 25)
+  ) {
     announce(`${stageText(clip)}, ${clip.progress} percent`);
   }
 }
@@ -137,9 +158,14 @@ function changed() {
 // Reads the events of one clip: that on the stage, or else the one being made. One only, for
 // browsers open few connections to a server; the others are polled.
 function follow() {
-  const active = order.map((id) => clips.get(id)).filter(isActive).reverse();
-  const wanted = active.find((clip) => clip.id === preferred)
-    ?? active.find((clip) => clip.status === "in_progress") ?? active[0];
+  const active = order
+    .map((id) => clips.get(id))
+    .filter(isActive)
+    .reverse();
+  const wanted =
+    active.find((clip) => clip.id === preferred) ??
+    active.find((clip) => clip.status === "in_progress") ??
+    active[0];
   if (wanted?.id === followed) return;
   stopFollowing?.abort();
   followed = wanted?.id ?? null;

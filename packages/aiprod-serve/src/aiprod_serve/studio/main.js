@@ -43,7 +43,8 @@ async function offerModels() {
       select.replaceChildren(...data.map(({ id }) => h("option", { value: id }, id)));
       $("model-field").hidden = false;
       select.disabled = data.length === 1;
-      select.onchange = async () => offer(await json(`/v1/models/${encodeURIComponent(select.value)}/choices`));
+      select.onchange = async () =>
+        offer(await json(`/v1/models/${encodeURIComponent(select.value)}/choices`));
       await select.onchange();
       return;
     } catch (error) {
@@ -55,7 +56,7 @@ async function offerModels() {
 }
 
 async function route(hasFocus) {
-  const address = decodeURIComponent(location.hash.slice(1));
+  const address = location.hash.slice(1);
   hideCompare();
   const ids = address.replace("compare=", "").split(",").filter(Boolean);
   await Promise.all(ids.filter((id) => !clips.has(id)).map(find));

@@ -4,25 +4,60 @@ import { h, icon, iconButton, isCalm, play, seconds, setIcon } from "./dom.js";
 
 // `url` is the clip's blob. ontime(time) follows it while it plays.
 export function createPlayer({ url, poster, hasPicture, label, duration, ontime }) {
-  const video = h("video", { class: "picture", src: url, poster, playsinline: true, loop: true,
-    preload: "auto", "aria-label": label, onclick: toggle });
+  const video = h("video", {
+    class: "picture",
+    src: url,
+    poster,
+    playsinline: true,
+    loop: true,
+    preload: "auto",
+    "aria-label": label,
+    onclick: toggle,
+  });
   const glow = h("canvas", { class: "glow", width: 16, height: 16, "aria-hidden": true });
-  const big = h("button", { type: "button", class: "big-play", "aria-label": "Play the clip",
-    onclick: toggle }, icon("play"));
-  const screen = h("div", { class: hasPicture ? "screen" : "screen sound-only" }, glow, video,
-    hasPicture ? null : icon("note"), big);
+  const big = h(
+    "button",
+    { type: "button", class: "big-play", "aria-label": "Play the clip", onclick: toggle },
+    icon("play"),
+  );
+  const screen = h(
+    "div",
+    { class: hasPicture ? "screen" : "screen sound-only" },
+    glow,
+    video,
+    hasPicture ? null : icon("note"),
+    big,
+  );
 
   const button = iconButton("play", "Play", toggle);
-  const loop = h("button", { type: "button", class: "icon-button", "aria-label": "Repeat",
-    "aria-pressed": true, title: "Repeat", onclick: () => {
-      video.loop = !video.loop;
-      loop.setAttribute("aria-pressed", video.loop);
-    } }, icon("loop"));
+  const loop = h(
+    "button",
+    {
+      type: "button",
+      class: "icon-button",
+      "aria-label": "Repeat",
+      "aria-pressed": true,
+      title: "Repeat",
+      onclick: () => {
+        video.loop = !video.loop;
+        loop.setAttribute("aria-pressed", video.loop);
+      },
+    },
+    icon("loop"),
+  );
   const mute = iconButton("sound", "Mute", () => (video.muted = !video.muted));
   const full = iconButton("full", "Full screen", () => video.requestFullscreen?.());
   const clock = h("span", { class: "clock" });
-  const transport = h("div", { class: "transport", role: "group", "aria-label": "Player" },
-    button, clock, h("span", { class: "gap" }), loop, mute, hasPicture ? full : null);
+  const transport = h(
+    "div",
+    { class: "transport", role: "group", "aria-label": "Player" },
+    button,
+    clock,
+    h("span", { class: "gap" }),
+    loop,
+    mute,
+    hasPicture ? full : null,
+  );
 
   function toggle() {
     if (video.paused) play(video);
@@ -55,7 +90,8 @@ export function createPlayer({ url, poster, hasPicture, label, duration, ontime 
   for (const name of ["seeked", "loadedmetadata"]) video.addEventListener(name, show);
   for (const name of ["loadeddata", "seeked"]) video.addEventListener(name, draw);
   video.addEventListener("volumechange", () =>
-    setIcon(mute, video.muted ? "muted" : "sound", video.muted ? "Unmute" : "Mute"));
+    setIcon(mute, video.muted ? "muted" : "sound", video.muted ? "Unmute" : "Mute"),
+  );
   show();
   return { video, screen, transport, seek: (time) => (video.currentTime = time) };
 }

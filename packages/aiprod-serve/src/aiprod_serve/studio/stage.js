@@ -2,7 +2,18 @@
 
 import { $, announce, h, iconButton, randomSeed, seconds, segments, since } from "./dom.js";
 import { blob, call, create, json } from "./api.js";
-import { add, clips, family, isActive, library, prefer, previews, remove, stageText } from "./library.js";
+import {
+  add,
+  clips,
+  family,
+  isActive,
+  isSound,
+  library,
+  prefer,
+  previews,
+  remove,
+  stageText,
+} from "./library.js";
 import { still } from "./gallery.js";
 import { createPlayer } from "./player.js";
 import { recipeDetails } from "./recipe.js";
@@ -59,32 +70,61 @@ function update(idOrEvent) {
 }
 
 function head(clip) {
-  return [h("div", { class: "stage-head" },
-    h("h2", { id: "stage-title", tabindex: -1 }, clip.prompt),
-    iconButton("close", "Close the clip", () => {
-      location.hash = "";
-      $("clips-title").focus();
-    }))];
+  return [
+    h(
+      "div",
+      { class: "stage-head" },
+      h("h2", { id: "stage-title", tabindex: -1 }, clip.prompt),
+      iconButton("close", "Close the clip", () => {
+        location.hash = "";
+        $("clips-title").focus();
+      }),
+    ),
+  ];
 }
 
 // While it is made.
 
 function buildMaking(clip) {
   const [width, height] = clip.size.split("x").map(Number);
-  const screen = h("div", { class: "screen developing" },
-    h("div", { class: "making" }), h("img", { id: "preview", alt: "Preview of the clip", hidden: true, width, height }));
-  const cancel = h("button", { type: "button", class: "quiet", onclick: async () => {
-    cancel.disabled = true;
-    try {
-      await call(`/v1/videos/${clip.id}/cancel`, { method: "POST" });
-    } catch (error) {
-      announce(error.message);
-    }
-  } }, "Cancel");
-  $("stage").append(screen, h("div", { class: "making-state" },
-    h("div", { class: "making-text" }, h("span", { id: "making-stage" }), h("span", { id: "making-percent", class: "clock" })),
-    h("progress", { id: "making-progress", max: 100, "aria-labelledby": "making-stage" }),
-    cancel), facts(clip));
+  const screen = h(
+    "div",
+    { class: "screen developing" },
+    h("div", { class: "making" }),
+    h("img", { id: "preview", alt: "Preview of the clip", hidden: true, width, height }),
+  );
+  const cancel = h(
+    "button",
+    {
+      type: "button",
+      class: "quiet",
+      onclick: async () => {
+        cancel.disabled = true;
+        try {
+          await call(`/v1/videos/${clip.id}/cancel`, { method: "POST" });
+        } catch (error) {
+          announce(error.message);
+        }
+      },
+    },
+    "Cancel",
+  );
+  $("stage").append(
+    screen,
+    h(
+      "div",
+      { class: "making-state" },
+      h(
+        "div",
+        { class: "making-text" },
+        h("span", { id: "making-stage" }),
+        h("span", { id: "making-percent", class: "clock" }),
+      ),
+      h("progress", { id: "making-progress", max: 100, "aria-labelledby": "making-stage" }),
+      cancel,
+    ),
+    facts(clip),
+  );
 }
 
 function showMaking(clip) {
@@ -101,7 +141,8 @@ function showMaking(clip) {
 }
 
 function buildEnded(clip) {
-  const text = clip.status === "failed" ? clip.error?.message ?? "It failed." : "This clip was cancelled.";
+  const text =
+    clip.status === "failed" ? (clip.error?.message ?? "It failed.") : "This clip was cancelled.";
   $("stage").append(h("p", { class: "ended" }, text), facts(clip), actions(clip, null), takes());
 }
 
@@ -123,18 +164,40 @@ async function buildFinished(clip, signal) {
   signal.addEventListener("abort", () => URL.revokeObjectURL(url));
 
   const request = recipe.request;
-  const retake = poster ? retakeForm(clip, request) : null;
-  const timeline = createTimeline({ duration, fps: request.frame_rate,
-    onseek: (time) => player.seek(time), onspan: (span) => retake?.show(span) });
-  const player = createPlayer({ url, poster: poster ?? undefined, hasPicture: poster !== null,
-    label: clip.prompt, duration, ontime: timeline.setTime });
+  const hasPicture = !isSound(clip);
+  const retake = hasPicture ? retakeForm(clip, request) : null;
+  const timeline = createTimeline({
+    duration,
+    fps: request.frame_rate,
+    hasPicture,
+    onseek: (time) => player.seek(time),
+    onspan: (span) => retake?.show(span),
+  });
+  const player = createPlayer({
+    url,
+    poster: poster ?? undefined,
+    hasPicture,
+    label: clip.prompt,
+    duration,
+    ontime: timeline.setTime,
+  });
   retake?.connect(timeline, player);
-  stage.append(player.screen, player.transport, timeline.element, ...(retake ? [retake.element] : []),
-    actions(clip, recipe, url), facts(clip), takes(), recipeDetails(recipe));
+  stage.append(
+    player.screen,
+    player.transport,
+    timeline.element,
+    ...(retake ? [retake.element] : []),
+    actions(clip, recipe, url),
+    facts(clip),
+    takes(),
+    recipeDetails(recipe),
+  );
   showTakes(clip);
   timeline.setSound(data);
-  if (poster) {
-    const sheet = await blob(`/v1/videos/${clip.id}/content?variant=spritesheet`, signal).catch(() => null);
+  if (hasPicture) {
+    const sheet = await blob(`/v1/videos/${clip.id}/content?variant=spritesheet`, signal).catch(
+      () => null,
+    );
     const [width, height] = clip.size.split("x").map(Number);
     if (sheet && !signal.aborted) timeline.setSheet(sheet, width, height, request.num_frames);
   }
@@ -142,37 +205,100 @@ async function buildFinished(clip, signal) {
 
 function retakeForm(clip, request) {
   const parts = request.generate_audio
-    ? [["both", "Picture and sound"], ["video", "Picture"], ["audio", "Sound"]] : [["video", "Picture"]];
-  let span = null, timeline = null, modality = parts[0][0];
-  const hint = h("p", { class: "hint" }, "Drag across the timeline to make a span anew, or ",
-    h("button", { type: "button", class: "link", onclick: () => {
-      const third = Number(clip.seconds) / 3;
-      timeline.setSpan([third, 2 * third].map((time) => Math.round(time * request.frame_rate) / request.frame_rate));
-    } }, "choose one here"), ".");
+    ? [
+        ["both", "Picture and sound"],
+        ["video", "Picture"],
+        ["audio", "Sound"],
+      ]
+    : [["video", "Picture"]];
+  let span = null,
+    timeline = null,
+    modality = parts[0][0];
+  const hint = h(
+    "p",
+    { class: "hint" },
+    "Drag across the timeline to make a span anew, or ",
+    h(
+      "button",
+      {
+        type: "button",
+        class: "link",
+        onclick: () => {
+          const third = Number(clip.seconds) / 3;
+          timeline.setSpan(
+            [third, 2 * third].map(
+              (time) => Math.round(time * request.frame_rate) / request.frame_rate,
+            ),
+          );
+        },
+      },
+      "choose one here",
+    ),
+    ".",
+  );
   const title = h("p", { class: "span-text" });
-  const prompt = h("input", { type: "text", id: "retake-prompt", autocomplete: "off", required: true, value: clip.prompt });
+  const prompt = h("input", {
+    type: "text",
+    id: "retake-prompt",
+    autocomplete: "off",
+    required: true,
+    value: clip.prompt,
+  });
   const error = h("p", { class: "error", role: "alert" });
   const submit = h("button", { type: "submit", class: "primary" }, "Retake");
-  const form = h("form", { class: "retake", hidden: true, "aria-label": "Retake the span", onsubmit: async (event) => {
-    event.preventDefault();
-    error.textContent = "";
-    submit.disabled = true;
-    try {
-      const made = await create({ prompt: prompt.value, model: clip.model, pipeline: "retake",
-        source: { video_id: clip.id }, start_time: span[0], end_time: span[1], modality, seed: randomSeed() });
-      add(made);
-      location.hash = made.id;
-    } catch (problem) {
-      error.textContent = problem.message;
-    }
-    submit.disabled = false;
-  } },
-  h("div", { class: "retake-head" }, title,
-    segments("retake-part", "What is made anew", parts, modality, (value) => (modality = value))),
-  h("div", { class: "field" }, h("label", { for: "retake-prompt" }, "What happens there"), prompt),
-  error,
-  h("div", { class: "row" }, submit,
-    h("button", { type: "button", class: "quiet", onclick: () => timeline.setSpan(null) }, "Leave the span")));
+  const form = h(
+    "form",
+    {
+      class: "retake",
+      hidden: true,
+      "aria-label": "Retake the span",
+      onsubmit: async (event) => {
+        event.preventDefault();
+        error.textContent = "";
+        submit.disabled = true;
+        try {
+          const made = await create({
+            prompt: prompt.value,
+            model: clip.model,
+            pipeline: "retake",
+            source: { video_id: clip.id },
+            start_time: span[0],
+            end_time: span[1],
+            modality,
+            seed: randomSeed(),
+          });
+          add(made);
+          location.hash = made.id;
+        } catch (problem) {
+          error.textContent = problem.message;
+        }
+        submit.disabled = false;
+      },
+    },
+    h(
+      "div",
+      { class: "retake-head" },
+      title,
+      segments("retake-part", "What is made anew", parts, modality, (value) => (modality = value)),
+    ),
+    h(
+      "div",
+      { class: "field" },
+      h("label", { for: "retake-prompt" }, "What happens there"),
+      prompt,
+    ),
+    error,
+    h(
+      "div",
+      { class: "row" },
+      submit,
+      h(
+        "button",
+        { type: "button", class: "quiet", onclick: () => timeline.setSpan(null) },
+        "Leave the span",
+      ),
+    ),
+  );
 
   return {
     element: h("div", { class: "retake-box" }, hint, form),
@@ -190,29 +316,61 @@ function retakeForm(clip, request) {
 
 function actions(clip, recipe, url) {
   const error = h("p", { class: "error", role: "alert" });
-  const button = (text, title, onclick) => h("button", { type: "button", class: "quiet", title, onclick: async (event) => {
-    error.textContent = "";
-    const target = event.currentTarget;
-    target.disabled = true;
-    try {
-      await onclick(target);
-    } catch (problem) {
-      error.textContent = problem.message;
-    }
-    target.disabled = false;
-  } }, text);
+  const button = (text, title, onclick) =>
+    h(
+      "button",
+      {
+        type: "button",
+        class: "quiet",
+        title,
+        onclick: async (event) => {
+          error.textContent = "";
+          const target = event.currentTarget;
+          target.disabled = true;
+          try {
+            await onclick(target);
+          } catch (problem) {
+            error.textContent = problem.message;
+          }
+          target.disabled = false;
+        },
+      },
+      text,
+    );
   const open = (made) => {
     add(made);
     location.hash = made.id;
   };
-  const row = h("div", { class: "actions", role: "group", "aria-label": "With this clip" },
+  const row = h(
+    "div",
+    { class: "actions", role: "group", "aria-label": "With this clip" },
     button("Re-roll", "The same request with a new seed", async () =>
-      open(await json(`/v1/videos/${clip.id}/remix`, { method: "POST",
-        body: { prompt: clip.prompt, seed: randomSeed() } }))),
-    recipe && h("a", { class: "button quiet", href: `#compare=${clip.id}`, title: "Beside another take" }, "Compare"),
-    recipe && clip.pipeline !== "text-to-audio" ? button("Make longer", "Go on where it ends", async () =>
-      open(await create({ prompt: clip.prompt, model: clip.model, pipeline: "extend",
-        source: { video_id: clip.id }, seed: randomSeed() }))) : null,
+      open(
+        await json(`/v1/videos/${clip.id}/remix`, {
+          method: "POST",
+          body: { prompt: clip.prompt, seed: randomSeed() },
+        }),
+      ),
+    ),
+    recipe &&
+      h(
+        "a",
+        { class: "button quiet", href: `#compare=${clip.id}`, title: "Beside another take" },
+        "Compare",
+      ),
+    recipe && !isSound(clip)
+      ? button("Make longer", "Go on where it ends", async () =>
+          open(
+            await create({
+              prompt: clip.prompt,
+              model: clip.model,
+              pipeline: "extend",
+              source: { video_id: clip.id },
+              seed: randomSeed(),
+            }),
+          ),
+        )
+      : null,
     recipe && button("Edit", "Put its prompt and settings into the form", () => edit(clip, recipe)),
     url && h("a", { class: "button quiet", href: url, download: `${clip.id}.mp4` }, "Download"),
     button("Delete", "Remove the clip for good", async (target) => {
@@ -230,15 +388,25 @@ function actions(clip, recipe, url) {
         delete target.dataset.sure;
         target.textContent = "Delete";
       }, 4000);
-    }));
+    }),
+  );
   return h("div", {}, row, error);
 }
 
 function facts(clip) {
-  const pairs = [["Size", clip.size.replace("x", " x ")], ["Length", seconds(Number(clip.seconds))],
-    ["Seed", String(clip.seed)], ["Pipeline", clip.pipeline], ["Model", clip.model]];
+  const pairs = [
+    ["Size", clip.size.replace("x", " x ")],
+    ["Length", seconds(Number(clip.seconds))],
+    ["Seed", String(clip.seed)],
+    ["Pipeline", clip.pipeline],
+    ["Model", clip.model],
+  ];
   if (clip.timings.total) pairs.push(["Made in", seconds(clip.timings.total)]);
-  return h("dl", { class: "facts" }, pairs.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+  return h(
+    "dl",
+    { class: "facts" },
+    pairs.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))),
+  );
 }
 
 const takes = () => h("div", { id: "takes-row", class: "takes-row", hidden: true });
@@ -252,12 +420,31 @@ function showTakes(clip) {
   row.hidden = all.length < 2;
   if (row.dataset.told === told) return;
   row.dataset.told = told;
-  row.replaceChildren(h("h3", {}, "Takes"), h("ul", {}, all.map((take, index) => {
-    const picture = h("span", { class: "take-picture" });
-    if (take.status === "completed") {
-      still(take.id).then((url) => url && picture.append(h("img", { src: url, alt: "" })));
-    }
-    return h("li", {}, h("a", { href: `#${take.id}`, "aria-current": take.id === clip.id ? "true" : null,
-      title: `Seed ${take.seed}, ${since(take.created_at)}` }, picture, `Take ${index + 1}`));
-  })));
+  row.replaceChildren(
+    h("h3", {}, "Takes"),
+    h(
+      "ul",
+      {},
+      all.map((take, index) => {
+        const picture = h("span", { class: "take-picture" });
+        if (take.status === "completed") {
+          still(take.id).then((url) => url && picture.append(h("img", { src: url, alt: "" })));
+        }
+        return h(
+          "li",
+          {},
+          h(
+            "a",
+            {
+              href: `#${take.id}`,
+              "aria-current": take.id === clip.id ? "true" : null,
+              title: `Seed ${take.seed}, ${since(take.created_at)}`,
+            },
+            picture,
+            `Take ${index + 1}`,
+          ),
+        );
+      }),
+    ),
+  );
 }

@@ -5,28 +5,59 @@ import { drawWave, prepare, readPeaks } from "./waveform.js";
 
 const NUM_PEAKS = 1200;
 const DRAG_PX = 4; // less is a click
-const SPRITE_HEIGHT = 120, SPRITE_COLUMNS = 5, NUM_SPRITES = 20; // as the server makes them
+const SPRITE_HEIGHT = 120,
+  SPRITE_COLUMNS = 5,
+  NUM_SPRITES = 20; // as the server makes them
 
 // onseek(time), onspan([start, end] or null). Times are in seconds.
-export function createTimeline({ duration, fps, onseek, onspan }) {
+export function createTimeline({ duration, fps, hasPicture, onseek, onspan }) {
   const frame = 1 / fps;
-  let span = null, peaks = null, sheet = null, aspect = 1, numSprites = NUM_SPRITES;
+  let span = null,
+    peaks = null,
+    sheet = null,
+    aspect = 1,
+    numSprites = NUM_SPRITES;
 
-  const strip = h("canvas", { class: "strip", "aria-hidden": true });
+  const strip = h("canvas", { class: "strip", hidden: !hasPicture, "aria-hidden": true });
   const wave = h("canvas", { class: "wave", role: "img", "aria-label": "Waveform of the sound" });
   const playhead = h("div", { class: "playhead", "aria-hidden": true });
-  const handles = ["start", "end"].map((edge, index) => h("div", {
-    class: `handle ${edge}`, role: "slider", tabindex: 0, "aria-label": `Span ${edge}`,
-    "aria-valuemin": 0, "aria-valuemax": duration.toFixed(2),
-    onkeydown: (event) => onkey(event, index),
-    onpointerdown: (event) => ondown(event, index),
-  }));
+  const handles = ["start", "end"].map((edge, index) =>
+    h("div", {
+      class: `handle ${edge}`,
+      role: "slider",
+      tabindex: 0,
+      "aria-label": `Span ${edge}`,
+      "aria-valuemin": 0,
+      "aria-valuemax": duration.toFixed(2),
+      onkeydown: (event) => onkey(event, index),
+      onpointerdown: (event) => ondown(event, index),
+    }),
+  );
   const band = h("div", { class: "band", hidden: true }, handles);
-  const surface = h("div", { class: "surface", onpointerdown: (event) => ondown(event, null) },
-    strip, wave, band, playhead);
-  const scrub = h("input", { class: "scrub", type: "range", min: 0, max: duration, step: frame / 2,
-    value: 0, "aria-label": "Position", oninput: () => onseek(Number(scrub.value)) });
-  const element = h("div", { class: "timeline", role: "group", "aria-label": "Timeline" }, scrub, surface);
+  const surface = h(
+    "div",
+    { class: "surface", onpointerdown: (event) => ondown(event, null) },
+    strip,
+    wave,
+    band,
+    playhead,
+  );
+  const scrub = h("input", {
+    class: "scrub",
+    type: "range",
+    min: 0,
+    max: duration,
+    step: frame / 2,
+    value: 0,
+    "aria-label": "Position",
+    oninput: () => onseek(Number(scrub.value)),
+  });
+  const element = h(
+    "div",
+    { class: "timeline", role: "group", "aria-label": "Timeline" },
+    scrub,
+    surface,
+  );
 
   const snap = (time) => Math.min(duration, Math.max(0, Math.round(time * fps) / fps));
 
@@ -55,8 +86,16 @@ export function createTimeline({ duration, fps, onseek, onspan }) {
   }
 
   function onkey(event, index) {
-    const moves = { ArrowLeft: -frame, ArrowRight: frame, ArrowDown: -frame, ArrowUp: frame,
-      PageDown: -5 * frame, PageUp: 5 * frame, Home: -duration, End: duration };
+    const moves = {
+      ArrowLeft: -frame,
+      ArrowRight: frame,
+      ArrowDown: -frame,
+      ArrowUp: frame,
+      PageDown: -5 * frame,
+      PageUp: 5 * frame,
+      Home: -duration,
+      End: duration,
+    };
     if (event.key === "Escape") setSpan(null);
     else if (event.key in moves) moveEdge(index, span[index] + moves[event.key]);
     else return;
@@ -72,7 +111,7 @@ export function createTimeline({ duration, fps, onseek, onspan }) {
     let isDragged = false;
     surface.setPointerCapture(event.pointerId);
     surface.onpointermove = ({ clientX }) => {
-      isDragged ||= Math.abs(clientX - origin) > DRAG_PX;
+      isDragged ||= hasPicture && Math.abs(clientX - origin) > DRAG_PX; // else nothing to retake
       if (!isDragged) return;
       if (handle !== null) return moveEdge(handle, timeAt(clientX));
       const [a, b] = [timeAt(origin), timeAt(clientX)].sort((x, y) => x - y);
@@ -86,7 +125,12 @@ export function createTimeline({ duration, fps, onseek, onspan }) {
 
   function draw() {
     if (!element.isConnected) return;
-    if (peaks) drawWave(wave, peaks, (share) => span && share * duration >= span[0] && share * duration < span[1]);
+    if (peaks)
+      drawWave(
+        wave,
+        peaks,
+        (share) => span && share * duration >= span[0] && share * duration < span[1],
+      );
     if (sheet) drawStrip();
   }
 
@@ -97,12 +141,22 @@ export function createTimeline({ duration, fps, onseek, onspan }) {
     const spriteWidth = sheet.width / Math.min(SPRITE_COLUMNS, numSprites);
     for (let i = 0; i < count; i++) {
       const sprite = Math.min(numSprites - 1, Math.floor(((i + 0.5) / count) * numSprites));
-      const column = sprite % SPRITE_COLUMNS, row = Math.floor(sprite / SPRITE_COLUMNS);
+      const column = sprite % SPRITE_COLUMNS,
+        row = Math.floor(sprite / SPRITE_COLUMNS);
       // Cut to the tile's shape, from the sprite's middle.
       const cut = Math.min(spriteWidth, (tile / height) * SPRITE_HEIGHT);
       const tall = Math.min(SPRITE_HEIGHT, (cut * height) / tile);
-      context.drawImage(sheet, column * spriteWidth + (spriteWidth - cut) / 2,
-        row * SPRITE_HEIGHT + (SPRITE_HEIGHT - tall) / 2, cut, tall, i * tile, 0, tile + 0.5, height);
+      context.drawImage(
+        sheet,
+        column * spriteWidth + (spriteWidth - cut) / 2,
+        row * SPRITE_HEIGHT + (SPRITE_HEIGHT - tall) / 2,
+        cut,
+        tall,
+        i * tile,
+        0,
+        tile + 0.5,
+        height,
+      );
     }
   }
 

@@ -24,8 +24,10 @@ export async function readPeaks(bytes, count) {
 export function drawWave(canvas, peaks, isInSpan = () => false) {
   const { context, width, height } = prepare(canvas);
   const style = getComputedStyle(canvas);
-  const usual = style.getPropertyValue("--wave"), chosen = style.getPropertyValue("--span");
-  const step = 4, bar = 2.5;
+  const usual = style.getPropertyValue("--wave"),
+    chosen = style.getPropertyValue("--span");
+  const step = 4,
+    bar = 2.5;
   const loudest = Math.max(0.05, ...peaks);
   for (let x = 0; x < width; x += step) {
     const from = Math.floor((x / width) * peaks.length);
