@@ -24,6 +24,7 @@ from aiprod_core.errors import InputError
 from aiprod_pipelines import media
 from aiprod_pipelines.catalog import find_pipeline
 from aiprod_pipelines.clip import Clip
+from aiprod_pipelines.request import GenerationRequest
 from aiprod_trainer.evaluation.prompts import Prompt, world_prompts
 from aiprod_trainer.evaluation.scores import ATTRIBUTES
 from aiprod_trainer.world.judge import agreement, judge
@@ -46,12 +47,13 @@ def main() -> int:
     options = parser.parse_args()
     pipeline = find_pipeline(options.pipeline).from_model(options.model)
     steps = {} if pipeline.is_distilled else {"num_inference_steps": options.steps}
+    resolved = pipeline.resolve(GenerationRequest("a clip"))
+    shape = resolved.shape
+    half = {"height": shape.height // 2, "width": shape.width // 2, "skip_stage_2": True}
     rows = []
     for number, prompt in enumerate(world_prompts(options.count, options.world, options.seed)):
         seed = options.seed + number
         large = pipeline(prompt.text, seed=seed, **steps)
-        shape = large.request.shape
-        half = {"height": shape.height // 2, "width": shape.width // 2, "skip_stage_2": True}
         small = pipeline(prompt.text, seed=seed, **steps, **half)
         rows.append(compare(small, large, prompt, options))
         print(f"{number + 1}: {rows[-1]}", file=sys.stderr, flush=True)
@@ -59,7 +61,7 @@ def main() -> int:
         "model": options.model,
         "pipeline": options.pipeline,
         "prompts": len(rows),
-        "stage_2_sigmas": list(large.request.stage_2_sigmas or ()),
+        "stage_2_sigmas": list(resolved.stage_2_sigmas or ()),
         **{key: summary(rows, key) for key in ("score", "psnr_db", "detail")},
     }
     result["holds"] = all(result[key]["mean_gain"] >= 0 for key in ("score", "psnr_db"))
