@@ -56,8 +56,9 @@ from aiprod_trainer.optimizers import muon_and_adamw, set_learning_rate, warmup_
 from aiprod_trainer.run import Run, averaged_copy, update_average
 from aiprod_trainer.train import encode_text
 
-# Steps shorter than this are learnt less often, in proportion: near pure noise they are many and
-# hardly move anything.
+# Steps shorter than this are learnt less often, in proportion, and longer ones count more, so that
+# all count by their length: near pure noise they are many, wild (guided velocities are three times
+# as long there) and hardly move anything.
 FULL_SHARE_FROM = 0.05
 HELD_OUT = 8  # clips
 
@@ -248,10 +249,11 @@ def follow_trajectory(
             with torch.no_grad():
                 target = trajectory_target(teach, x, start, end, config.max_teacher_step)
             loss = velocity_distance(denoised, target, start, task.masks)
-            (weighted(loss, config.audio_weight) / sum(learnt)).backward()
-            losses.append(loss.map(Tensor.detach))
+            weight = max(start - end, FULL_SHARE_FROM)
+            (weight * weighted(loss, config.audio_weight)).backward()
+            losses.append(loss.map(Tensor.detach) * weight)
         x = euler_step(x, denoised.map(Tensor.detach), start, end)
-    return log_figures(mean(losses), config.audio_weight)
+    return log_figures(total(losses), config.audio_weight)
 
 
 @torch.no_grad()
@@ -341,11 +343,11 @@ def weighted(loss: AV, audio_weight: float) -> Tensor:
     return loss.video if loss.audio is None else loss.video + audio_weight * loss.audio
 
 
-def mean(losses: list[AV]) -> AV:
-    total = losses[0]
+def total(losses: list[AV]) -> AV:
+    added = losses[0]
     for loss in losses[1:]:
-        total = total + loss
-    return total / len(losses)
+        added = added + loss
+    return added
 
 
 def log_figures(loss: AV, audio_weight: float) -> dict[str, float]:
