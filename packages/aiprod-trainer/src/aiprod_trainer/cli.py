@@ -70,7 +70,7 @@ def distill(
     Ctrl-C saves; run again, it goes on where it was.
 
     [dim]aiprod distill configs/nano/distill.yaml[/dim]
-    [dim]aiprod distill configs/ltx-2/distill_80gb.yaml --set matching_steps=200[/dim]
+    [dim]aiprod distill configs/distill_ltx-2.yaml --set matching_steps=200[/dim]
     """
     from aiprod_trainer.config import read_config
     from aiprod_trainer.distill import DistillConfig
