@@ -154,8 +154,9 @@ def find_defects(clip: Clip, take: Take) -> list[Defect]:
         if frames is not None:
             found += picture_defects(frames, request.shape.fps, audio)
         if audio is not None and request.audio is None:  # a given sound is kept as it is
+            is_seen_well = frames is not None and not found  # a seam that comes is no event
             found += sound_defects(audio)
-            if frames is not None:
+            if frames is not None and is_seen_well:
                 found += sync_defects(frames, request.shape.fps, audio)
     return found
 
