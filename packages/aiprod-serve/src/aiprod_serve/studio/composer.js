@@ -1,6 +1,6 @@
 // The form: what a new clip is asked for with. Its choices are those that the server has.
 
-import { $, announce, h, randomSeed } from "./dom.js";
+import { $, announce, h, once, randomSeed } from "./dom.js";
 import { create } from "./api.js";
 import { attachedFields, hasReference, initAttachments, setControls } from "./attachments.js";
 import { add } from "./library.js";
@@ -196,13 +196,10 @@ function readForm() {
   };
 }
 
-async function submit(event) {
+function submit(event) {
   event.preventDefault();
-  const button = $("generate");
-  if (button.disabled || !choices) return;
-  $("composer-error").textContent = "";
-  button.disabled = true;
-  try {
+  if (!choices) return;
+  once($("generate"), $("composer-error"), async () => {
     const body = readForm();
     const count = Number($("takes").value);
     const given = $("seed").value.trim();
@@ -215,8 +212,5 @@ async function submit(event) {
     }
     announce(count > 1 ? `${count} takes are queued` : "The clip is queued");
     location.hash = first;
-  } catch (error) {
-    $("composer-error").textContent = error.message;
-  }
-  button.disabled = false;
+  });
 }

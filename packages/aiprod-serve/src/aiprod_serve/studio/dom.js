@@ -88,6 +88,20 @@ export function announce(text) {
 
 export const isCalm = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
+// Runs what a button is for, not twice at a time, and tells an error in `errors`. The button is not
+// disabled meanwhile, for it would lose the focus.
+export async function once(button, errors, work) {
+  if (button.ariaBusy === "true") return;
+  button.ariaBusy = "true";
+  errors.textContent = "";
+  try {
+    await work();
+  } catch (error) {
+    errors.textContent = error.message;
+  }
+  button.ariaBusy = "false";
+}
+
 // Begins to play; that a pause or a removal came first is no failure.
 export function play(video) {
   video.play().catch((error) => {

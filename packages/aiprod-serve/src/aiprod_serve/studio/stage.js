@@ -1,6 +1,6 @@
 // The chosen clip, large: while it is made, when it plays, and what can be made from it.
 
-import { $, announce, h, iconButton, randomSeed, seconds, segments, since } from "./dom.js";
+import { $, announce, h, iconButton, once, randomSeed, seconds, segments, since } from "./dom.js";
 import { blob, call, create, json } from "./api.js";
 import {
   add,
@@ -93,19 +93,14 @@ function buildMaking(clip) {
     h("div", { class: "making" }),
     h("img", { id: "preview", alt: "Preview of the clip", hidden: true, width, height }),
   );
+  const error = h("p", { class: "error", role: "alert" });
   const cancel = h(
     "button",
     {
       type: "button",
       class: "quiet",
-      onclick: async () => {
-        cancel.disabled = true;
-        try {
-          await call(`/v1/videos/${clip.id}/cancel`, { method: "POST" });
-        } catch (error) {
-          announce(error.message);
-        }
-      },
+      onclick: () =>
+        once(cancel, error, () => call(`/v1/videos/${clip.id}/cancel`, { method: "POST" })),
     },
     "Cancel",
   );
@@ -123,6 +118,7 @@ function buildMaking(clip) {
       h("progress", { id: "making-progress", max: 100, "aria-labelledby": "making-stage" }),
       cancel,
     ),
+    error,
     facts(clip),
   );
 }
@@ -252,11 +248,9 @@ function retakeForm(clip, request) {
       class: "retake",
       hidden: true,
       "aria-label": "Retake the span",
-      onsubmit: async (event) => {
+      onsubmit: (event) => {
         event.preventDefault();
-        error.textContent = "";
-        submit.disabled = true;
-        try {
+        once(submit, error, async () => {
           const made = await create({
             prompt: prompt.value,
             model: clip.model,
@@ -269,10 +263,7 @@ function retakeForm(clip, request) {
           });
           add(made);
           location.hash = made.id;
-        } catch (problem) {
-          error.textContent = problem.message;
-        }
-        submit.disabled = false;
+        });
       },
     },
     h(
@@ -323,17 +314,7 @@ function actions(clip, recipe, url) {
         type: "button",
         class: "quiet",
         title,
-        onclick: async (event) => {
-          error.textContent = "";
-          const target = event.currentTarget;
-          target.disabled = true;
-          try {
-            await onclick(target);
-          } catch (problem) {
-            error.textContent = problem.message;
-          }
-          target.disabled = false;
-        },
+        onclick: ({ currentTarget }) => once(currentTarget, error, () => onclick(currentTarget)),
       },
       text,
     );
@@ -384,10 +365,10 @@ function actions(clip, recipe, url) {
       }
       target.dataset.sure = "yes";
       target.textContent = "Delete for good?";
-      setTimeout(() => {
+      target.onblur = () => {
         delete target.dataset.sure;
         target.textContent = "Delete";
-      }, 4000);
+      };
     }),
   );
   return h("div", {}, row, error);
