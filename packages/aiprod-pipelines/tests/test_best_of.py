@@ -13,7 +13,9 @@ from aiprod_core.model.reward import RewardConfig, RewardModel, init_reward
 from aiprod_core.types import AV
 from aiprod_pipelines.best_of import contest, early_step
 from aiprod_pipelines.catalog import find_pipeline
+from aiprod_pipelines.plan import make_plan
 from aiprod_pipelines.replay import open_replay
+from aiprod_pipelines.request import GenerationRequest
 from aiprod_pipelines.reward import score_file
 from aiprod_pipelines.ti2vid_one_stage import TI2VidOneStagePipeline
 
@@ -93,6 +95,17 @@ def test_the_model_is_called_as_often_as_promised(judged_family):
         opened(PROMPT, num_inference_steps=10, best_of=4)
         handle.remove()
     assert len(calls) == 10 + 3 * 3
+
+
+def test_a_plan_counts_every_seed(judged_family):
+    opened = TI2VidOneStagePipeline.from_model(str(judged_family / "tiny-dev.safetensors"))
+    work = [
+        next(s.flops for s in make_plan(opened, request).stages if s.name == "denoise")
+        for request in (
+            GenerationRequest(PROMPT, num_inference_steps=10, best_of=count) for count in (1, 4)
+        )
+    ]
+    assert work[1] / work[0] == pytest.approx(1.9)
 
 
 def test_a_best_of_clip_replays(judged_family, tmp_path):

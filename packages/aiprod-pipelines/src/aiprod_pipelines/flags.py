@@ -89,6 +89,7 @@ FLAGS = (
     # Running.
     Flag("--window-frames", "window_frames", int, help="of a long clip that are made at once"),
     Flag("--window-overlap", "window_overlap", int, help="frames that two windows share"),
+    Flag("--best-of", "best_of", int, help="seeds of which the best is finished"),
     Flag("--refine-tile", "refine_tile", help="second stage: auto, off or WxH"),
     Flag("--max-batch-size", "max_batch_size", int, help="guidance passes a model call"),
     Flag("--cache", "step_cache", help="steps forecast instead of computed: off, safe or fast"),

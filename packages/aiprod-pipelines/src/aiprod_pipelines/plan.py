@@ -39,6 +39,7 @@ from aiprod_core.quantization.schemes import WEIGHT_BYTES
 from aiprod_core.tiling import BySize, Tiling
 from aiprod_core.types import Modality, VideoShape
 from aiprod_pipelines import recipe, stages
+from aiprod_pipelines.best_of import early_step
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.pipeline import Pipeline
 from aiprod_pipelines.progress import Progress
@@ -163,7 +164,8 @@ class _Work:
         request, models = self.request, self.models
         passes = _passes(request)
         steps = len(stages.schedule_of(request)) - 1
-        calls = steps * MODEL_CALLS.get(request.sampler or "euler", 1)
+        contest = early_step(steps) * (request.best_of - 1)
+        calls = (steps + contest) * MODEL_CALLS.get(request.sampler or "euler", 1)
         has_stage_2 = self.pipeline.uses_stage_2(request)
         first = request.at_half_size() if has_stage_2 else request
         denoising = [("denoise", first.shape, calls, passes)]
