@@ -33,6 +33,7 @@ FROZEN_S = 0.35  # shorter stops are seen in ordinary motion
 SOUNDING_DB = -45.0
 SILENT_CLIP_DB = -50.0  # peak, for a clip whose sound was asked for
 DROPPED_DB = -110.0  # below the noise that vocoders leave in pauses, some -90 dB
+LEVEL_S = 0.01  # silence is told to this length
 CLIPPED_S = 0.0005  # a single clipped sample is not heard
 DESYNC_MS, DESYNC_SCORE = 250.0, 0.6  # beyond the error of `sync.best_offset` on unknown pictures
 ONSET_DB = 10.0  # by which what is heard as an event rises at once; lasting noise wavers by less
@@ -269,7 +270,9 @@ def _retake(
     """The clip with the defect's span made anew, and what was done."""
     models, request, latents = pipeline.models, clip.request, clip.latents
     duration_s = request.shape.duration_s
-    start_s, end_s, moved_ms = defect.start_s, defect.end_s, None
+    slack_s = LEVEL_S if defect.modality == "audio" else 0.0
+    start_s, end_s = max(0.0, defect.start_s - slack_s), min(duration_s, defect.end_s + slack_s)
+    moved_ms = None
     if defect.kind == "desync" and attempt == 1:
         assert defect.offset_ms is not None and latents.audio is not None
         steps = round(defect.offset_ms / 1000 * models.audio_config.latents_per_second)

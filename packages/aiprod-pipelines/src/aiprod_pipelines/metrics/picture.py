@@ -137,7 +137,8 @@ def seam_spans(
         step = np.median(np.diff(luma, axis=axis), axis=3 - axis)  # (F, W - 1) or (F, H - 1)
         excess = np.abs(step - ndimage.median_filter(step, (1, 5), mode="nearest"))
         if axis == 1:
-            excess = excess - excess[shown].min(axis=0)
+            # What passes before a horizon changes it a little.
+            excess = excess - 1.5 * excess[shown].min(axis=0)
         for line in (excess > threshold).T:
             for start, stop in runs(line):
                 found[start:stop] |= stop - start >= min_frames
