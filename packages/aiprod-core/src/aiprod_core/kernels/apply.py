@@ -1,8 +1,9 @@
 """Faster equal forms of what a network computes, swapped in from outside.
 
 The networks name the places: the linear layers, `Attention.rotated_norm`, `Block.modulated_norm`,
-`Block.add_norm`, `GELULinear` and `CausalConv3d`. A swap hides the class's function by one of the
-instance, so weights, names and submodules stay; weights may still be moved or fused with LoRAs.
+`Block.add_norm`, `Block.feed_forward`, `GELULinear` and `CausalConv3d`. A swap hides the class's
+function by one of the instance, so weights, names and submodules stay; weights may still be moved
+or fused with LoRAs.
 
 On CUDA these are the Triton kernels of this package, on a CPU oneDNN's products and convolutions
 in fewer multiplications.
@@ -20,10 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aiprod_core.errors import InputError
-from aiprod_core.kernels import convolution, onednn
+from aiprod_core.kernels import convolution, cpu_norms, onednn
 from aiprod_core.model.conv_blocks import CausalConv3d
 from aiprod_core.model.layers import Attention, FeedForward, GELULinear
-from aiprod_core.model.transformer import Block, Transformer
+from aiprod_core.model.transformer import Block, Stream, Transformer, gated_sum, rows_of
+from aiprod_core.quantization.fp8 import Fp8ScaledLinear
 
 
 class Swap(NamedTuple):
@@ -71,14 +73,18 @@ def enable_kernels(model: nn.Module, device: torch.device | None = None) -> Kern
 def _on_cpu(model: nn.Module) -> list[Swap]:
     if not onednn.is_available():
         raise InputError("the kernels for CPUs need a PyTorch with oneDNN, which this one is not")
-    swaps = []
+    swaps, norm = [], "norm in fewer passes"
     for module in model.modules():
         if isinstance(module, Attention):
             linears = [module.to_q, module.to_k, module.to_v, module.to_out[0]]
+            swaps.append(Swap(norm, module, "rotated_norm", cpu_norms.rotated_norm))
         elif isinstance(module, FeedForward):
             linears = [module.net[2]]
         else:
             linears = []
+        if isinstance(module, Block):
+            swaps.append(Swap(norm, module, "modulated_norm", cpu_norms.modulated_norm))
+            swaps.append(Swap(norm, module, "add_norm", cpu_norms.add_norm))
         swaps += [
             Swap("oneDNN linear", linear, "forward", partial(onednn.linear, linear))
             for linear in linears
@@ -96,6 +102,7 @@ def _on_cpu(model: nn.Module) -> list[Swap]:
 def _on_cuda(model: nn.Module) -> list[Swap]:
     try:
         from aiprod_core.kernels.fused_adaln import fused_adaln
+        from aiprod_core.kernels.fused_adaln_fp8 import fused_adaln_fp8
         from aiprod_core.kernels.fused_gate import fused_gate
         from aiprod_core.kernels.fused_gelu import fused_gelu
         from aiprod_core.kernels.fused_qk_rope import fused_qk_rope
@@ -105,6 +112,15 @@ def _on_cuda(model: nn.Module) -> list[Swap]:
     def gelu_linear(layer: GELULinear, x: Tensor) -> Tensor:
         return fused_gelu(F.linear(x, layer.proj.weight), layer.proj.bias)
 
+    def feed_forward(block: Block, x: Tensor, stream: Stream, ff: FeedForward, table: Tensor):
+        up: Any = ff.net[0].proj
+        if not _takes_fp8(ff):
+            return Block.feed_forward(block, x, stream, ff, table)
+        shift, scale, gate = rows_of(table, stream.modulation, 3, 6)
+        rows = fused_adaln_fp8(x, scale, shift, block.eps, up.input_scale)
+        hidden = F.gelu(up.product(rows, up.input_scale, x.dtype), approximate="tanh")
+        return gated_sum(x, gate, ff.net[2](hidden))
+
     swaps = []
     for module in model.modules():
         if isinstance(module, Attention):
@@ -112,9 +128,21 @@ def _on_cuda(model: nn.Module) -> list[Swap]:
         elif isinstance(module, Block):
             swaps.append(Swap("norm + scale + shift", module, "modulated_norm", fused_adaln))
             swaps.append(Swap("gated residual + norm", module, "add_norm", fused_gate))
+            if any(_takes_fp8(ff) for ff in module.children()):
+                swaps.append(
+                    Swap("norm to FP8", module, "feed_forward", partial(feed_forward, module))
+                )
         elif isinstance(module, GELULinear) and type(module.proj) is nn.Linear:
             swaps.append(Swap("bias + GELU", module, "forward", partial(gelu_linear, module)))
     return swaps
+
+
+def _takes_fp8(ff: nn.Module) -> bool:
+    """Whether a feed-forward's input is to be rounded to 8 bits by a scale that is known."""
+    if not isinstance(ff, FeedForward):
+        return False
+    up = ff.net[0].proj
+    return isinstance(up, Fp8ScaledLinear) and up.input_scale is not None
 
 
 def compile_blocks(transformer: Transformer, **options: Any) -> None:

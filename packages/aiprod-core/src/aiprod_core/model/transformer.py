@@ -537,9 +537,9 @@ class Block(nn.Module):
             x_v, x_a = self._cross_modal_attention(x_v, x_a, normed_v, normed_a, video, audio, keep)
         # Feed-forward.
         if x_v is not None and video is not None and video.is_updated:
-            x_v = self._feed_forward(x_v, video, self.ff, self.scale_shift_table)
+            x_v = self.feed_forward(x_v, video, self.ff, self.scale_shift_table)
         if x_a is not None and audio is not None and audio.is_updated:
-            x_a = self._feed_forward(x_a, audio, self.audio_ff, self.audio_scale_shift_table)
+            x_a = self.feed_forward(x_a, audio, self.audio_ff, self.audio_scale_shift_table)
         return x_v, x_a
 
     def _self_attention(
@@ -615,7 +615,7 @@ class Block(nn.Module):
             x_a = gated_sum(x_a, gate * keep.video_to_audio, out)
         return x_v, x_a
 
-    def _feed_forward(self, x: Tensor, stream: Stream, ff: FeedForward, table: Tensor) -> Tensor:
+    def feed_forward(self, x: Tensor, stream: Stream, ff: FeedForward, table: Tensor) -> Tensor:
         shift, scale, gate = rows_of(table, stream.modulation, 3, 6)
         return gated_sum(x, gate, ff(self.modulated_norm(x, scale, shift, self.eps)))
 

@@ -134,21 +134,26 @@ class Fp8ScaledLinear(QuantizedLinear):
         return cls(to_fp8(weight.float() / scale), bias, scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2).float()
-        input_scale = weight_scale_of(rows) if self.input_scale is None else self.input_scale
-        rows = to_fp8(rows / input_scale)
+        input_scale = self.input_scale
+        if input_scale is None:
+            input_scale = weight_scale_of(x)
+        return self.product(to_fp8(x.float() / input_scale), input_scale, x.dtype)
+
+    def product(self, x: Tensor, input_scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """For inputs that are divided by their scale and in fp8 already; the result in `dtype`."""
+        rows = x.flatten(0, -2)
         if has_scaled_matmul(x.device, self.weight):
             out = torch.ops.aten._scaled_mm(
                 rows,
                 self.weight.t(),
                 scale_a=input_scale,
                 scale_b=self.weight_scale,
-                out_dtype=x.dtype,
+                out_dtype=dtype,
             )
         else:
-            out = scaled_matmul(rows, self.weight, input_scale, self.weight_scale).to(x.dtype)
+            out = scaled_matmul(rows, self.weight, input_scale, self.weight_scale).to(dtype)
         if self.bias is not None:
-            out = out + self.bias.to(x.dtype)
+            out = out + self.bias.to(dtype)
         return out.unflatten(0, x.shape[:-1])
 
     def dense_weight(self) -> Tensor:
