@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     pipeline = find_pipeline(options.pipeline).from_model(options.model)
-    settings = {"skip_stage_2": options.skip_stage_2 or not has_upsampler(pipeline)}
+    settings: dict[str, Any] = {"skip_stage_2": options.skip_stage_2 or not has_upsampler(pipeline)}
     pipeline(PROMPT, num_frames=options.window_frames, **settings)  # loads and warms everything up
     cases: dict[str, dict[str, Any]] = {
         "windows": {"num_frames": options.num_frames, "window_frames": options.window_frames},
