@@ -218,9 +218,10 @@ def test_takes_are_rerolled_compared_and_deleted(new_page: NewPage, server: str)
     differences = page.get_by_role("region", name="Setting, A, B")
     expect(differences.get_by_role("rowheader")).to_have_text(["seed"])
     page.get_by_role("button", name="Play both").click()
-    page.wait_for_timeout(500)
-    sides = page.locator(".side video").evaluate_all("vs => vs.map(v => [v.paused, v.muted])")
-    assert sides == [[False, False], [False, True]]
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.side video')].every(v => v.played.length)"
+    )
+    assert page.locator(".side video").evaluate_all("vs => vs.map(v => v.muted)") == [False, True]
     page.get_by_role("radio", name="Hear B").check()
     assert page.locator(".side video").evaluate_all("vs => vs.map(v => v.muted)") == [True, False]
     page.get_by_role("button", name="Close the comparison").click()
