@@ -39,9 +39,11 @@ nano-upscaler: $(VENV)/run.stamp ## train nano: its spatial upscaler
 		--out runs/nano/nano-spatial-upscaler-x2.safetensors
 
 nano-distilled: $(VENV)/run.stamp ## train nano: its distilled LoRA, 8 steps without guidance
-	OMP_NUM_THREADS=1 $(BIN)/aiprod distill configs/nano/distill.yaml
+	OMP_NUM_THREADS=1 $(BIN)/aiprod distill configs/nano/distill.yaml \
+		--set model=runs/nano/nano-dev.safetensors --set latents=runs/latents
 
 nano-canny: $(VENV)/run.stamp ## train nano: its IC-LoRA that follows edges
 	$(TRAINER).prepare_world --checkpoint runs/nano/nano-dev.safetensors \
 		--text-encoder $(TEXT_ENCODER) --out runs/controls --clips 512 --captions 4 --references canny --seed 21
-	OMP_NUM_THREADS=1 $(BIN)/aiprod train configs/nano/ic_lora.yaml
+	OMP_NUM_THREADS=1 $(BIN)/aiprod train configs/nano/ic_lora.yaml \
+		--set model.model_path=runs/nano/nano-dev.safetensors
