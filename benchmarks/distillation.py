@@ -4,7 +4,8 @@
 
 The teacher runs in 40 guided steps, the student in 8 (or `--steps 4`) without guidance, as a model
 and as a LoRA on the teacher; what of these lies beside the model is measured, or `--student` and
-`--lora` name them. `distilled_share` is `aiprod eval`'s: the mean of its shares over the teacher's.
+`--lora` name them. Where there is a LoRA alone, it is the student. `distilled_share` is
+`aiprod eval`'s: the mean of its shares over the teacher's.
 
 `diversity` is the mean distance between clips of one prompt with different seeds, over the
 teacher's. A clip's feature is what remains of it from afar: every third frame brought to 8 x 8
@@ -61,21 +62,26 @@ def main(argv: list[str] | None = None) -> int:
     sides = open_sides(options)
     world = str(sides["teacher"][0].models.checkpoint.metadata.get("world", "v1"))
     prompts = world_prompts(options.prompts, world, options.seed)
+    is_lora_alone = sides.get("lora") is sides.get("student")
+    different = {k: v for k, v in sides.items() if k != "student" or not is_lora_alone}
     with TemporaryDirectory() as temporary:
         folder = options.clips or Path(temporary)
         scores = {
             name: score(pipeline, settings, prompts, folder / name, options.seed)
-            for name, (pipeline, settings) in sides.items()
+            for name, (pipeline, settings) in different.items()
         }
     spread = {
         name: diversity(*side, prompts[: options.diversity_prompts], options.seeds)
-        for name, side in sides.items()
+        for name, side in different.items()
     }
+    if is_lora_alone:
+        scores["student"], spread["student"] = scores["lora"], spread["lora"]
     result: dict[str, Any] = {
         "model": options.model,
         "prompts": options.prompts,
         "steps": {"teacher": options.teacher_steps, "student": options.steps},
         "threads": torch.get_num_threads(),
+        "is_lora_alone": is_lora_alone,
         "goals": GOALS,
         "scores": scores,
     }
@@ -117,6 +123,8 @@ def open_sides(options: argparse.Namespace) -> dict[str, Side]:
             DistilledPipeline(teacher.models),
             settings | {"distilled_lora": {"path": str(lora)}},
         )
+    if "lora" in sides:
+        sides.setdefault("student", sides["lora"])  # a model may come with its LoRA alone
     if len(sides) == 1:
         print(f"error: {student.name} and its LoRA are not there; make them with aiprod distill.")
         sys.exit(2)
