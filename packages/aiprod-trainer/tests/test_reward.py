@@ -13,7 +13,15 @@ from aiprod_trainer import preferences
 from aiprod_trainer.adapters import switched_off
 from aiprod_trainer.data import LatentDataset
 from aiprod_trainer.objective import flow_dpo_losses
-from aiprod_trainer.preferences import MOTION, VISUAL, captions, graded, shifted_sounds
+from aiprod_trainer.preferences import (
+    MOTION,
+    VISUAL,
+    captions,
+    graded,
+    shifted_sounds,
+    swapped_words,
+)
+from aiprod_trainer.prepare_world import prepare
 from aiprod_trainer.ranked_pairs import prepare_ranked_pairs
 from aiprod_trainer.reward import RewardTrainingConfig
 from aiprod_trainer.reward import train as train_reward
@@ -78,6 +86,16 @@ def test_a_wrong_caption_differs_in_one_attribute():
         assert len(shared) > len(set(true)) / 3
 
 
+def test_words_are_swapped_for_those_of_another_value():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        changed = swapped_words("A navy blue ball.", rng)
+        assert changed is not None and changed != "A navy blue ball."
+        # The whole colour goes, not the name within it; or the shape does.
+        assert "navy blue" in changed or ("ball" in changed and "navy" not in changed)
+    assert swapped_words("A clip of something.", rng) is None
+
+
 @pytest.fixture(scope="module")
 def reward_config(tiny_model, tmp_path_factory) -> RewardTrainingConfig:
     return RewardTrainingConfig(
@@ -128,6 +146,17 @@ def test_a_resumed_reward_training_ends_where_an_unbroken_one_does(trained_rewar
     train_reward(again)
     resumed = load_file(state)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_captioned_clips_teach_words(trained_reward, reward_config, tiny_model, tmp_path):
+    prepare(tiny_model, tmp_path / "latents", clips=3, captions=2)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("pairs", "held_out"):
+        (folder / name).symlink_to(reward_config.output_dir / name)
+    changes = {"captioned": tmp_path / "latents", "captioned_batch": 2, "steps": 1}
+    train_reward(reward_config.model_copy(update=changes | {"output_dir": folder}))
+    assert '"captioned"' in (folder / "world/log.jsonl").read_text()
 
 
 def test_a_generators_clips_are_judged_and_forecast(trained_reward, reward_config, tiny_model):

@@ -13,6 +13,7 @@ of a sound's latent, S text tokens, D width of the text states.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +37,7 @@ from aiprod_pipelines import stages
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest
-from aiprod_trainer.world.captions import describe
+from aiprod_trainer.world.captions import WORDS, describe
 from aiprod_trainer.world.judge import sync_error_ms
 from aiprod_trainer.world.render import render
 from aiprod_trainer.world.scene import (
@@ -219,6 +220,37 @@ def _altered(scene: Scene, rng: np.random.Generator) -> list[tuple[str, Scene]]:
     ]
     place = other(tuple(ALL_BACKGROUNDS), scene.background)
     return [*changed, ("background", replace(scene, background=place))]
+
+
+SWAPPED = ("colour", "shape", "size", "background", "motion")
+
+
+def swapped_words(text: str, rng: np.random.Generator) -> str | None:
+    """A caption of the world with the words for one attribute exchanged for another's.
+
+    None where it says nothing that could be. Needs no scene, so it serves captions on disk.
+    """
+    found = []
+    for what in SWAPPED:
+        for value, phrases in WORDS[what].items():
+            for phrase in phrases:
+                # What rolls and what slides is said in one of three verbs.
+                words = re.escape(phrase).replace(r"\{rolls\}", "(?:rolls|slides|moves)")
+                if re.search(rf"(?<![\w-]){words}(?![\w-])", text, re.IGNORECASE):
+                    found.append((what, value, words))
+    # The longest phrase of an attribute is the one that was said: "blue" is in "navy blue".
+    said = {
+        what: max((f for f in found if f[0] == what), key=lambda f: len(f[2])) for what, *_ in found
+    }
+    for index in rng.permutation(len(said)):
+        what, value, words = list(said.values())[index]
+        others = [v for v in WORDS[what] if v != value and "{other}" not in WORDS[what][v][0]]
+        phrases = WORDS[what][others[int(rng.integers(len(others)))]]
+        phrase = phrases[int(rng.integers(len(phrases)))].replace("{rolls}", "rolls")
+        changed = re.sub(rf"(?<![\w-]){words}(?![\w-])", phrase, text, flags=re.IGNORECASE)
+        if changed != text:
+            return changed
+    return None
 
 
 # ------------------------------------------------------------------------------- pairs of the world

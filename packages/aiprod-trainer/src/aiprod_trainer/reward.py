@@ -13,6 +13,7 @@ generator does; the generator's own estimates are at hand in every run and cost 
 The network is small enough for one core. A run resumes where it stopped.
 """
 
+import json
 from dataclasses import dataclass
 from itertools import combinations, permutations
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from rich.progress import track
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -49,6 +50,7 @@ from aiprod_trainer.preferences import (
     prepare_pairs,
     read_parts,
     sample_clips,
+    swapped_words,
 )
 from aiprod_trainer.run import Run, averaged_copy, update_average
 from aiprod_trainer.world.captions import describe
@@ -78,6 +80,8 @@ class RewardTrainingConfig(Section):
     ema_decay: float = 0.99
     jitter: float = 0.05  # noise on latents: what only a codec could see is no reason to prefer
     others_weight: float = 0.05  # of leaving the other axes' degradations alone
+    captioned: Path | None = None  # clips of prepare_world: more words for the text axis
+    captioned_batch: int = 16
     generator: str | None = None  # a model whose own clips are judged and forecast
     prompts: int = 96
     seeds: int = 4  # clips of each prompt
@@ -120,6 +124,7 @@ def train(config: RewardTrainingConfig) -> Path:
         generated = prepare_generated(config, folder / "generated")
         first = generated["video"][0, 0], generated["audio"][0, 0]
         own_grids = Grids.of(grids_of(models, *first, models.profile.frame_rate))
+    captioned = None if config.captioned is None else Captioned(models, config.captioned)
     model = build(config, pairs)
     average = averaged_copy(model)
     optimizers = muon_and_adamw(
@@ -142,6 +147,8 @@ def train(config: RewardTrainingConfig) -> Path:
         # PyTorch's fused attention takes twice as long backwards for so few tokens on a CPU.
         with sdpa_kernel(SDPBackend.MATH):
             losses = world_losses(model, batch, grids, run.generator(step), config)
+            if captioned is not None:
+                losses["captioned"] = captioned.loss(model, grids, rng, config.captioned_batch)
             if generated is not None and own_grids is not None:
                 losses |= generated_losses(model, average, generated, own_grids, rng, config)
             loss = torch.stack(list(losses.values())).sum()
@@ -264,6 +271,53 @@ def world_losses(
     leaks = [visual[3] - visual[0], visual[4] - visual[0], motion[1] - motion[0]]
     losses["others"] = config.others_weight * torch.stack(leaks).square().mean()
     return losses
+
+
+class Captioned:
+    """Clips of the world with their captions, as `prepare_world` writes them; words are encoded
+    when they are drawn, so that each draw is told apart from other wrong ones."""
+
+    def __init__(self, models: ModelSet, folder: Path) -> None:
+        self.models = models
+        files = sorted(folder.glob("part-*.safetensors"))
+        if not files:
+            raise InputError(f"captioned {folder}: no part-*.safetensors; see prepare_world.")
+        self.parts = [load_file(file) for file in files]
+        self.captions = [
+            [json.loads(line) for line in file.with_suffix(".jsonl").read_text().splitlines()]
+            for file in files
+        ]
+
+    def loss(
+        self, model: RewardModel, grids: Grids, rng: np.random.Generator, count: int
+    ) -> Tensor:
+        """A caption against the same with one attribute wrong, and against another clip's."""
+        part = int(rng.integers(len(self.parts)))
+        captions = self.captions[part]
+        true, wrong, rows = [], [], []
+        while len(rows) < count:
+            row = int(rng.integers(len(captions)))
+            text = captions[row][int(rng.integers(len(captions[row])))]
+            changed = swapped_words(text, rng)
+            if changed is not None:
+                true, wrong, rows = [*true, text], [*wrong, changed], [*rows, row]
+        with torch.no_grad():
+            text, mask = encode_texts(self.models, [*true, *wrong])
+        longest = int(mask.sum(-1).max())
+        text, mask = text[:, :longest].float(), mask[:, :longest]
+        video, audio = (self.parts[part][name][rows].float() for name in ("video", "audio"))
+        level = model.sigma(torch.zeros(count, 1))
+        seen = model.look(video, grids.video, level)
+        heard = model.listen(audio, grids.audio, level)
+        said, changed, others = (
+            model.read(text[index], mask[index], seen, heard, level)
+            for index in (
+                torch.arange(count),
+                torch.arange(count, 2 * count),
+                torch.arange(count).roll(1),
+            )
+        )
+        return bradley_terry(said, changed) + bradley_terry(said, others) / 2
 
 
 @torch.no_grad()
