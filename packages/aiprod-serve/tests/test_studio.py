@@ -144,7 +144,7 @@ def test_a_clip_of_nano_is_made_played_retaken_and_found_again_after_a_restart(
         expect(page.get_by_role("button", name="Pause")).to_be_visible()
         page.wait_for_timeout(1000)
         played = video.evaluate(
-            "v => [v.currentTime, v.videoWidth, v.webkitDecodedFrameCount,"
+            "v => [v.played.end(0), v.videoWidth, v.webkitDecodedFrameCount,"
             " v.webkitAudioDecodedByteCount, v.error]"
         )
         width = int(fact(page, "Size").split(" x ")[0])
