@@ -1,5 +1,5 @@
 # Nano's trainings, from nothing to the files of packages/aiprod-nano (docs/nano.md). Each can be
-# stopped and started again. All of them take some ten hours of 2 cores.
+# stopped and started again; the model card says how long each took.
 TRAINER := OMP_NUM_THREADS=1 $(BIN)/python -m aiprod_trainer
 TEXT_ENCODER := packages/aiprod-nano/src/aiprod_nano/text_encoder
 

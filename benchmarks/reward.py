@@ -48,7 +48,7 @@ from aiprod_trainer.preferences import (
     sample_clips,
 )
 from aiprod_trainer.ranked_pairs import judge_scores, prepare_ranked_pairs, reward_scores
-from aiprod_trainer.reward import Grids, generated_tensors, pairwise_accuracy, score_latents
+from aiprod_trainer.reward import Grids, generated_tensors, pairwise_accuracy, summed_scores
 from aiprod_trainer.train import train
 from aiprod_trainer.training_config import read_training_config
 
@@ -196,19 +196,7 @@ def _scores(
 ) -> Tensor:
     """(prompts, seeds) sums of all axes."""
     clips = AV(video.flatten(0, 1), audio.flatten(0, 1))
-    assert clips.video is not None and clips.audio is not None
-    parts = [
-        score_latents(
-            network,
-            AV(clips.video[k : k + 32], clips.audio[k : k + 32]),
-            text[k : k + 32],
-            mask[k : k + 32],
-            grids,
-            sigma,
-        ).sum(1)
-        for k in range(0, len(text), 32)
-    ]
-    return torch.cat(parts).view(video.shape[:2])
+    return summed_scores(network, clips, text, mask, grids, sigma).view(video.shape[:2])
 
 
 def _spearman(a: Tensor, b: Tensor) -> float:

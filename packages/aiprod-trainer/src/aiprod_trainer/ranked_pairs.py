@@ -16,12 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from aiprod_core.errors import InputError
-from aiprod_core.types import AV
 from aiprod_pipelines import companions
 from aiprod_pipelines.components import ModelSet
 from aiprod_trainer.evaluation.prompts import Prompt
 from aiprod_trainer.preferences import Sampled, encode_texts, grids_of, sample_clips
-from aiprod_trainer.reward import Grids, judged_clip, score_latents
+from aiprod_trainer.reward import Grids, judged_clip, summed_scores
 from aiprod_trainer.world.captions import describe
 from aiprod_trainer.world.scene import sample_scene
 
@@ -107,19 +106,7 @@ def reward_scores(
     grids = Grids.of(grids_of(models, clips.video[0], clips.audio[0], models.profile.frame_rate))
     text, mask = encode_texts(models, texts)
     with models.reward(reward) as network:
-        return torch.cat(
-            [
-                score_latents(
-                    network,
-                    AV(clips.video[k : k + 32], clips.audio[k : k + 32]),
-                    text[k : k + 32],
-                    mask[k : k + 32],
-                    grids,
-                    sigma,
-                ).sum(1)
-                for k in range(0, len(texts), 32)
-            ]
-        )
+        return summed_scores(network, clips, text, mask, grids, sigma)
 
 
 def judge_scores(models: ModelSet, prompts: list[Prompt], sampled: Sampled, seeds: int) -> Tensor:

@@ -457,6 +457,19 @@ def score_latents(
     return torch.stack([scores[axis] for axis in AXES], dim=1)
 
 
+def summed_scores(
+    model: RewardModel, latents: AV, text: Tensor, mask: Tensor, grids: Grids, sigma: float = 0.0
+) -> Tensor:
+    """(K,) the sum of all axes, 32 clips at a time."""
+    assert latents.video is not None and latents.audio is not None
+    sums = []
+    for k in range(0, len(text), 32):
+        few = slice(k, k + 32)
+        clips = AV(latents.video[few], latents.audio[few])
+        sums.append(score_latents(model, clips, text[few], mask[few], grids, sigma).sum(1))
+    return torch.cat(sums)
+
+
 def generated_losses(
     model: RewardModel,
     teacher: nn.Module,  # the running average: says how a finished clip scores
