@@ -71,6 +71,14 @@ def test_a_call_and_a_save_from_python_are_recorded(folder: Path, tiny_model: Pa
     assert "denoise" in call.stages and "decode video" in write.stages
 
 
+def test_a_replay_is_recorded(folder: Path, tiny_model: Path, tmp_path: Path):
+    output = tmp_path / "clip.mp4"
+    assert aiprod("generate", PROMPT, "-o", output, "-m", tiny_model).exit_code == 0
+    assert aiprod("replay", output, "--check").exit_code == 0
+    (run,) = [run for run in stats.read_runs(folder) if run.command == "replay"]
+    assert {"open model", "denoise"} <= set(run.stages)
+
+
 def test_a_run_that_fails_names_the_error_without_its_words(folder: Path):
     with pytest.raises(RuntimeError), analytics.run("generate"), analytics.span("denoise"):
         raise RuntimeError("the words of a prompt")

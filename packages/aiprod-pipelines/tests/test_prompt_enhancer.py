@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from aiprod_core.errors import InputError
+from aiprod_pipelines.cli import app
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.prompt_enhancer import (
@@ -21,6 +23,7 @@ from aiprod_pipelines.prompt_enhancer import (
     enhance,
     enhance_request,
 )
+from aiprod_pipelines.recipe import read_recipe
 from aiprod_pipelines.request import GenerationRequest
 
 WALL, THUD = "in front of a grey wall", "a dull thud at each impact"
@@ -179,3 +182,11 @@ def test_an_enhanced_request_keeps_the_original_and_says_so(tiny_model: Path):
     failed = enhance_request(models, GenerationRequest("a ball"), "http://127.0.0.1:9", Notes())
     assert failed == GenerationRequest("a ball")
     assert notes[-1].startswith("warning: the prompt stays as it is")
+
+
+def test_naming_an_enhancer_is_asking_for_it(tiny_model: Path, tmp_path: Path):
+    output = tmp_path / "clip.mp4"
+    arguments = ["generate", "a red ball", "--enhancer", "rules", "-m", str(tiny_model)]
+    done = CliRunner().invoke(app, [*arguments, "-o", str(output), "--json"])
+    assert done.exit_code == 0
+    assert read_recipe(output)["request"]["original_prompt"] == "a red ball"

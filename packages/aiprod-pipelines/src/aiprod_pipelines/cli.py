@@ -338,13 +338,13 @@ def generate(
         typer.Option("--enhance-prompt", help="Let a language model fill in the prompt's details."),
     ] = False,
     enhancer: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="auto | rules | gemma | URL | MODEL",
             help="Who does: the text encoder's own Gemma (rules for nano), a server with OpenAI's "
-            "protocol, or a language model's folder or hub id.",
+            "protocol, or a language model's folder or hub id. Implies --enhance-prompt.",
         ),
-    ] = "auto",
+    ] = None,
     text_encoder: Annotated[
         str | None,
         typer.Option(
@@ -411,7 +411,7 @@ def generate(
             request,
             output,
             as_json=as_json,
-            enhancer=enhancer if enhance_prompt else None,
+            enhancer=enhancer or ("auto" if enhance_prompt else None),
             is_streamed=stream,
         )
 

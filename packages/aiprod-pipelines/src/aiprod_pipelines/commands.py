@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from aiprod_pipelines import analytics
 from aiprod_pipelines.catalog import PIPELINES
 from aiprod_pipelines.terminal import (
     JsonFlag,
@@ -108,23 +109,27 @@ def replay(
     from aiprod_pipelines.replay import open_replay
 
     target = output or clip.with_name(f"{clip.stem}-replay{clip.suffix}")
-    again = open_replay(clip, model=model, text_encoder=text_encoder, device=device, dtype=dtype)
-    if not check:
-        check_output(target, again.pipeline.name)
-    report: dict[str, Any] = {
-        "same": False,
-        "changed": again.changed,
-        "noted": again.noted,
-        "latents_sha256": None,
-        "expected_sha256": again.recipe["latents_sha256"],
-        "output": None,
-    }
-    if not (check and again.changed):  # another input cannot give the same latents
-        result = again.run(RichProgress())
-        report["same"] = again.is_same(result)
-        report["latents_sha256"] = result.recipe["latents_sha256"]
+    with analytics.run("replay", since_start=True):
+        with analytics.span("open model"):
+            again = open_replay(
+                clip, model=model, text_encoder=text_encoder, device=device, dtype=dtype
+            )
         if not check:
-            report["output"] = str(result.save(target))
+            check_output(target, again.pipeline.name)
+        report: dict[str, Any] = {
+            "same": False,
+            "changed": again.changed,
+            "noted": again.noted,
+            "latents_sha256": None,
+            "expected_sha256": again.recipe["latents_sha256"],
+            "output": None,
+        }
+        if not (check and again.changed):  # another input cannot give the same latents
+            result = again.run(RichProgress())
+            report["same"] = again.is_same(result)
+            report["latents_sha256"] = result.recipe["latents_sha256"]
+            if not check:
+                report["output"] = str(result.save(target))
     if as_json:
         typer.echo(json.dumps(report))
     else:

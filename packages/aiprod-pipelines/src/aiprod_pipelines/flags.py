@@ -141,7 +141,9 @@ def argument_parser(pipeline: "type[Pipeline]") -> argparse.ArgumentParser:
     parser.add_argument("--no-audio", action="store_true", default=False)
     parser.add_argument("--skip-stage-2", action="store_true", default=False)
     parser.add_argument("--enhance-prompt", action="store_true", default=False)
-    parser.add_argument("--enhancer", default="auto", help="auto, rules, gemma, a URL or a model")
+    parser.add_argument(
+        "--enhancer", help="auto, rules, gemma, a URL or a model; implies --enhance-prompt"
+    )
     parser.add_argument("--stream", action="store_true", default=False, help="plays as it grows")
     parser.add_argument("--json", action="store_true", default=False)
     return parser
@@ -169,7 +171,7 @@ def _run(pipeline: "type[Pipeline]", given: dict[str, Any]) -> None:
             plain,
             given["output_path"],
             as_json=given["json"],
-            enhancer=given["enhancer"] if given["enhance_prompt"] else None,
+            enhancer=given.get("enhancer") or ("auto" if given["enhance_prompt"] else None),
             is_streamed=given["stream"],
         )
 

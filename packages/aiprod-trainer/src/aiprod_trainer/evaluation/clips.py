@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import track
 
 from aiprod_core.errors import InputError
+from aiprod_pipelines import analytics
 from aiprod_pipelines.catalog import find_pipeline
 from aiprod_pipelines.pipeline import Pipeline
 from aiprod_pipelines.recipe import file_identity, read_recipe
@@ -55,7 +56,8 @@ def make_clips(
     if missing and len(missing) < len(paths):
         console.print(f"{folder}: {len(paths) - len(missing)} clips are there already")
     for path, request in track(missing, f"clips of {pipeline.models.name}", console=console):
-        pipeline.run(request).save(path)
+        with analytics.run("eval"):
+            pipeline.run(request).save(path)
     return paths
 
 
