@@ -37,7 +37,7 @@ from torch import Tensor
 
 from aiprod_core.components import conditioning
 from aiprod_core.types import AV
-from aiprod_pipelines import media, stages
+from aiprod_pipelines import decoding, encoding, media, stages
 from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.heal import heal
 from aiprod_pipelines.progress import Progress
@@ -119,7 +119,7 @@ class FaultyClip(Clip):
             return None
         if id(latent) not in self.decoded:
             duration_s = self.request.shape.duration_s
-            sound = stages.decode_audio(self.models, latent, duration_s, self.progress)
+            sound = decoding.decode_audio(self.models, latent, duration_s, self.progress)
             self.decoded[id(latent)] = (latent, sound)
         return self.decoded[id(latent)][1]
 
@@ -221,8 +221,8 @@ def true_clip(
     sound = media.Audio(synthesise(scene).astype(np.float32), SAMPLE_RATE)
     with torch.inference_mode():
         latents = AV(
-            stages.encode_frames(models, render(scene, request.shape.height), quiet),
-            stages.encode_audio(models, sound, length, quiet),
+            encoding.encode_frames(models, render(scene, request.shape.height), quiet),
+            encoding.encode_audio(models, sound, length, quiet),
         )
     return as_faulty(Clip(pipeline.name, models, request, latents), prompt, options)
 
@@ -281,7 +281,7 @@ def late(clip: FaultyClip, steps: int) -> Tensor:
     length = clip.latents.audio.shape[2]
     quiet = media.Audio(np.zeros((2, SAMPLE_RATE * 3), np.float32), SAMPLE_RATE)
     with torch.inference_mode():
-        silence = stages.encode_audio(clip.models, quiet, length, Progress())
+        silence = encoding.encode_audio(clip.models, quiet, length, Progress())
     moved = torch.roll(clip.latents.audio, steps, dims=2)
     gap = slice(0, steps) if steps > 0 else slice(length + steps, length)
     moved[:, :, gap] = silence[:, :, gap]

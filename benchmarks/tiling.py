@@ -28,8 +28,9 @@ from aiprod_core.errors import InputError
 from aiprod_core.model.video_vae import VideoDecoder
 from aiprod_core.tiling import AxisTiling, Span, Tiling, decode_chunks, space_spans, time_spans
 from aiprod_pipelines.components import ModelSet
+from aiprod_pipelines.decoding import decode_video
+from aiprod_pipelines.encoding import encode_frames
 from aiprod_pipelines.progress import Progress
-from aiprod_pipelines.stages import decode_video, encode_frames
 from aiprod_pipelines.tiles import choose_tiling
 
 PSNR_DB, SEAM_SCORE, MEMORY_RATIO = 45.0, 1.05, (0.9, 1.1)  # the goals

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from rich.progress import track
 
-from aiprod_pipelines import stages
+from aiprod_pipelines import decoding, encoding
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
 from aiprod_trainer.world.render import render
@@ -42,11 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     world = str(models.checkpoint.metadata.get("world", "v1"))
     for number in track(range(options.clips + 1), "clips"):
         truth = render(sample_scene(rng, world=world), models.profile.height)
-        latent = stages.encode_frames(models, truth, quiet)
+        latent = encoding.encode_frames(models, truth, quiet)
         frames, took = {}, {}
         for name in ("full", "tiny"):
             started = time.process_time()
-            chunks = list(stages.decode_video(models, latent, quiet, is_tiny=name == "tiny"))
+            chunks = list(decoding.decode_video(models, latent, quiet, is_tiny=name == "tiny"))
             took[name] = time.process_time() - started
             frames[name] = torch.cat(chunks).numpy()
         if number == 0:  # loads both

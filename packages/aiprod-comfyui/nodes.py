@@ -112,7 +112,7 @@ class TextEncode:
     def encode(
         self, model: Any, prompt: str, audio_prompt: str = "", negative_prompt: str = ""
     ) -> tuple[Any]:
-        from aiprod_pipelines import stages
+        from aiprod_pipelines import encoding
         from aiprod_pipelines.request import GenerationRequest
 
         from . import exchange
@@ -121,7 +121,7 @@ class TextEncode:
         pipeline = model.pipeline("one-stage")
         request = pipeline.resolve(GenerationRequest(**text._asdict()))
         if pipeline.models.cache is not None:  # else it would be forgotten at once
-            stages.encode_prompts(pipeline.models, request, exchange.NodeProgress())
+            encoding.encode_prompts(pipeline.models, request, exchange.NodeProgress())
         return (text,)
 
 

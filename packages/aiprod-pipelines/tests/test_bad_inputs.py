@@ -97,7 +97,7 @@ def test_what_fails_late_leaves_no_file_either(flag, generate, monkeypatch):
         raise RuntimeError("out of memory")
         yield
 
-    monkeypatch.setattr("aiprod_pipelines.stages.decode_chunks", fail)
+    monkeypatch.setattr("aiprod_pipelines.decoding.decode_chunks", fail)
     code, said, left = generate(*flag)
     assert code == 1 and "try fewer frames" in said
     assert left == []

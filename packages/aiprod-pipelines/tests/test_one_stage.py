@@ -10,7 +10,7 @@ from PIL import Image
 from aiprod_core.errors import InputError
 from aiprod_core.loader.checkpoint import open_checkpoint
 from aiprod_core.types import AV
-from aiprod_pipelines import media, stages
+from aiprod_pipelines import encoding, media
 from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
@@ -83,7 +83,7 @@ def test_an_image_of_strength_1_is_the_first_latent_frame(pipeline, picture: Pat
     clip = pipeline(PROMPT, images=[picture])
     request = GenerationRequest(PROMPT, images=(picture,)).resolved(pipeline.models.profile)
     with torch.inference_mode():
-        (image,) = stages.encode_images(pipeline.models, request, request.images, Progress())
+        (image,) = encoding.encode_images(pipeline.models, request, request.images, Progress())
     assert torch.allclose(clip.latents.video[:, :, :1], image.latent, atol=1e-5)
     assert not torch.allclose(clip.latents.video[:, :, 1:2], image.latent, atol=1e-2)
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from aiprod_core.components import noisers
 from aiprod_core.errors import CheckpointError, InputError
 from aiprod_core.loader.lora import open_lora
-from aiprod_pipelines import ic_lora, media, stages
+from aiprod_pipelines import encoding, ic_lora, media, stages
 from aiprod_pipelines.catalog import PIPELINES, find_pipeline
 from aiprod_pipelines.cli import app
 from aiprod_pipelines.components import ModelSet
@@ -195,7 +195,7 @@ def test_a_retake_leaves_tokens_outside_the_span_bit_for_bit(
     shape = clip.request.shape
     assert (shape.num_frames, shape.height, shape.width, shape.fps) == (17, 32, 48, 12)
     with torch.inference_mode():
-        source = stages.encode_source(pipeline.models, clip.request, Progress(), is_whole=True)
+        source = encoding.encode_source(pipeline.models, clip.request, Progress(), is_whole=True)
     # Latent k > 0 covers frames 4k-3 to 4k at 12 a second: 0.5 to 0.8 s touches latents 2 and 3.
     changed = (clip.latents.video != source.video).flatten(3).any(3).any(1)[0]
     assert changed.tolist() == [modality != "audio" and i in (2, 3) for i in range(5)]
@@ -216,7 +216,7 @@ def test_an_extension_keeps_the_beginning(tiny_family: Path, source_clip: Path):
     pipeline = open_pipeline("extend", tiny_family)
     clip = pipeline(PROMPT, source=source_clip, num_frames=25)
     with torch.inference_mode():
-        source = stages.encode_source(pipeline.models, clip.request, Progress())
+        source = encoding.encode_source(pipeline.models, clip.request, Progress())
     assert source.video.shape[2] == 5 and clip.latents.video.shape[2] == 7
     assert torch.equal(clip.latents.video[:, :, :5], source.video)
     kept = source.audio.shape[2]

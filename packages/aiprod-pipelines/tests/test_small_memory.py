@@ -7,7 +7,7 @@ import torch
 
 from aiprod_core.errors import InputError
 from aiprod_core.loader.checkpoint import open_checkpoint
-from aiprod_pipelines import stages
+from aiprod_pipelines import decoding
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.conversion import convert_variants
 from aiprod_pipelines.progress import Progress
@@ -98,8 +98,8 @@ def test_decoding_goes_on_in_smaller_tiles_where_memory_runs_out(
     models = ModelSet.open(tiny_model)
     generator = torch.Generator().manual_seed(0)
     latent = torch.randn(1, 8, 40, 4, 6, generator=generator)
-    expected = torch.cat(list(stages.decode_video(models, latent, Progress())))
-    decode_chunks = stages.decode_chunks
+    expected = torch.cat(list(decoding.decode_video(models, latent, Progress())))
+    decode_chunks = decoding.decode_chunks
     tilings = []
 
     def failing(decoder, latent, tiling, **options):
@@ -110,9 +110,9 @@ def test_decoding_goes_on_in_smaller_tiles_where_memory_runs_out(
             raise RuntimeError("CUDA out of memory")
         yield from chunks
 
-    monkeypatch.setattr(stages, "decode_chunks", failing)
+    monkeypatch.setattr(decoding, "decode_chunks", failing)
     monkeypatch.setattr(ModelSet, "free_memory", lambda self: 10_000_000)
-    found = torch.cat(list(stages.decode_video(models, latent, Progress())))
+    found = torch.cat(list(decoding.decode_video(models, latent, Progress())))
     assert len(tilings) == 2
     assert tilings[0] != tilings[1]
     assert found.shape == expected.shape

@@ -11,7 +11,7 @@ import torch
 
 from aiprod_core.components import denoising
 from aiprod_core.errors import InputError
-from aiprod_pipelines import media, stages
+from aiprod_pipelines import decoding, media
 from aiprod_pipelines.catalog import find_pipeline
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
@@ -170,9 +170,9 @@ def test_sound_decoded_in_parts_is_the_sound_decoded_whole():
         made[:, :, max(n, 1) :] = torch.nan  # what is not made yet must not be heard
         return made
 
-    streamed = stages.decode_audio_parts(models, until, duration_s, Progress())
+    streamed = decoding.decode_audio_parts(models, until, duration_s, Progress())
     parts = list(streamed.parts)
-    whole = stages.decode_audio(models, latent, duration_s, Progress())
+    whole = decoding.decode_audio(models, latent, duration_s, Progress())
     assert len(parts) == 3 and asked == [0, 20, 45, 60]
     assert np.abs(np.concatenate(parts, axis=1) - whole.samples).max() < 1e-4
     assert streamed.sample_rate == whole.sample_rate

@@ -149,7 +149,7 @@ def test_the_trainer_reads_what_was_prepared(prepared):
 
 
 def test_latents_are_those_that_the_pipelines_encode(prepared, table, tiny_model):
-    from aiprod_pipelines import stages
+    from aiprod_pipelines import encoding
     from aiprod_pipelines.components import ModelSet
     from aiprod_pipelines.progress import Progress
 
@@ -157,7 +157,7 @@ def test_latents_are_those_that_the_pipelines_encode(prepared, table, tiny_model
     frames = np.stack(list(media.read_frames(table[0].files["video"]))[:9])
     frames = np.stack([media.prepare_frame(frame, 32, 32) for frame in frames])
     with torch.inference_mode():
-        expected = stages.encode_frames(models, frames, Progress())
+        expected = encoding.encode_frames(models, frames, Progress())
     rows = [json.loads(line) for line in (prepared / "clips.jsonl").read_text().splitlines()]
     part = load_file(prepared / f"part-{rows[0]['part']:05d}.safetensors")
     assert torch.equal(part["video"][:1], expected.half())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aiprod_core.errors import InputError
 from aiprod_core.types import AV
-from aiprod_pipelines import analytics, media, stages
+from aiprod_pipelines import analytics, decoding, media, stages
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.recipe import circumstances, embed, make_recipe, trailer
@@ -59,7 +59,7 @@ class Clip:
     def frames(self, *, is_streamed: bool = False) -> Iterator[Tensor]:
         """Chunks (frames, height, width, 3) of uint8, in order, at the model's own size."""
         assert self.latents.video is not None
-        return stages.decode_video(
+        return decoding.decode_video(
             self.models,
             self.latents.video,
             self.progress,
@@ -76,7 +76,7 @@ class Clip:
         if self.soundtrack is not None or self.latents.audio is None:
             return self.soundtrack
         duration_s = self.request.shape.duration_s
-        return stages.decode_audio(self.models, self.latents.audio, duration_s, self.progress)
+        return decoding.decode_audio(self.models, self.latents.audio, duration_s, self.progress)
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
@@ -160,7 +160,7 @@ class Clip:
             return self.audio
         duration_s = self.request.shape.duration_s
         until = partial(self._until, "audio")
-        return stages.decode_audio_parts(self.models, until, duration_s, self.progress)
+        return decoding.decode_audio_parts(self.models, until, duration_s, self.progress)
 
     @property
     def sample_rate(self) -> int | None:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
-from aiprod_pipelines import stages
+from aiprod_pipelines import encoding, stages
 from aiprod_pipelines.flags import main
 from aiprod_pipelines.pipeline import Pipeline
 from aiprod_pipelines.progress import Progress
@@ -34,12 +34,12 @@ class DistilledPipeline(Pipeline):
         models = self.models
         generators = stages.window_generators(models, request)
         loras = [*request.loras, *self.distillation(request)]
-        contexts = stages.encode_prompts(models, request, progress)
-        given_audio = stages.encode_given_audio(models, request, progress)
+        contexts = encoding.encode_prompts(models, request, progress)
+        given_audio = encoding.encode_given_audio(models, request, progress)
 
         # Stage 1, at half the height and width.
         small = request.at_half_size() if self.uses_stage_2(request) else request
-        images = stages.encode_images(models, small, small.images, progress)
+        images = encoding.encode_images(models, small, small.images, progress)
         states = stages.initial_states(models, small, given_audio=given_audio)
         states = stages.add_images(states, images)
         stage_1 = stages.denoise(models, small, states, contexts, generators, progress, loras=loras)
@@ -47,7 +47,7 @@ class DistilledPipeline(Pipeline):
             return stage_1
 
         # Stage 2, at full size, from the upsampled picture and the sound so far.
-        images = stages.encode_images(models, request, request.images, progress)
+        images = encoding.encode_images(models, request, request.images, progress)
         states = stages.initial_states(models, request, given_audio=given_audio)
         states = stages.add_images(states, images)
         starts = stages.upsample(models, request, stage_1, progress)

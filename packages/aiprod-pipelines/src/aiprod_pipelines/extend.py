@@ -18,7 +18,7 @@ import torch
 from aiprod_core.components import conditioning
 from aiprod_core.errors import InputError
 from aiprod_core.types import AV
-from aiprod_pipelines import stages
+from aiprod_pipelines import encoding, stages
 from aiprod_pipelines.flags import main
 from aiprod_pipelines.pipeline import Pipeline, distilled_profile
 from aiprod_pipelines.progress import Progress
@@ -37,9 +37,9 @@ class ExtendPipeline(Pipeline):
     def make(self, request: GenerationRequest, progress: Progress) -> Iterator[Latents]:
         models = self.models
         generators = stages.window_generators(models, request)
-        contexts = stages.encode_prompts(models, request, progress)
+        contexts = encoding.encode_prompts(models, request, progress)
 
-        source = stages.encode_source(models, request, progress)
+        source = encoding.encode_source(models, request, progress)
         states = stages.initial_states(models, request)
         states = keep_beginning(states, source)
         return stages.denoise(
@@ -53,7 +53,9 @@ class ExtendPipeline(Pipeline):
     def resolve(self, request: GenerationRequest) -> GenerationRequest:
         if request.source is None:
             return super().resolve(request)  # which says that it is missing
-        own = stages.fitted_to_source(replace(request, num_frames=None), self.models.profile.scale)
+        own = encoding.fitted_to_source(
+            replace(request, num_frames=None), self.models.profile.scale
+        )
         assert own.num_frames is not None
         added = self.models.profile.num_frames - 1
         num_frames = request.num_frames or own.num_frames + added

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from aiprod_core.types import AV
-from aiprod_pipelines import media, stages
+from aiprod_pipelines import encoding, media, stages
 from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.metrics import motion, picture, sound, sync
 from aiprod_pipelines.metrics.picture import Span
@@ -295,17 +295,17 @@ def _retake(
     states = open_window(states, request)
     # Images that were given are so still, where the span holds their frames.
     states = stages.add_images(
-        states, stages.encode_images(models, request, request.images, progress)
+        states, encoding.encode_images(models, request, request.images, progress)
     )
     states = stages.add_keyframes(
-        states, stages.encode_images(models, request, request.keyframes, progress)
+        states, encoding.encode_images(models, request, request.keyframes, progress)
     )
     made = stages.finished(
         stages.denoise(
             models,
             request,
             states,
-            stages.encode_prompts(models, request, progress),
+            encoding.encode_prompts(models, request, progress),
             stages.window_generators(models, request),
             progress,
             sigmas=sigmas,

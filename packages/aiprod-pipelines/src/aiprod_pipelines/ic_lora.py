@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aiprod_core.components import conditioning
 from aiprod_core.errors import InputError
-from aiprod_pipelines import companions, media, stages
+from aiprod_pipelines import companions, encoding, media, stages
 from aiprod_pipelines.controls import make_control
 from aiprod_pipelines.flags import main
 from aiprod_pipelines.pipeline import Pipeline
@@ -46,12 +46,12 @@ class ICLoraPipeline(Pipeline):
     def make(self, request: GenerationRequest, progress: Progress) -> Iterator[Latents]:
         models = self.models
         generators = stages.window_generators(models, request)
-        contexts = stages.encode_prompts(models, request, progress)
-        given_audio = stages.encode_given_audio(models, request, progress)
+        contexts = encoding.encode_prompts(models, request, progress)
+        given_audio = encoding.encode_given_audio(models, request, progress)
 
         # Stage 1, at half the height and width, with the references beside the clip.
         small = request.at_half_size() if self.uses_stage_2(request) else request
-        images = stages.encode_images(models, small, small.images, progress)
+        images = encoding.encode_images(models, small, small.images, progress)
         states = stages.initial_states(models, small, given_audio=given_audio)
         states = stages.add_images(states, images)
         states = self.add_references(small, states, progress)
@@ -61,7 +61,7 @@ class ICLoraPipeline(Pipeline):
             return stage_1
 
         # Stage 2, at full size, as the distilled pipeline's.
-        images = stages.encode_images(models, request, request.images, progress)
+        images = encoding.encode_images(models, request, request.images, progress)
         states = stages.initial_states(models, request, given_audio=given_audio)
         states = stages.add_images(states, images)
         loras = self.distillation(request)
@@ -123,7 +123,7 @@ class ICLoraPipeline(Pipeline):
     ) -> Tensor:
         """A control's signal as a latent (1, C, f, h, w)."""
         time = self.models.profile.scale.time
-        frames = stages.read_clip(control.path, request, scale_time=time * temporal_scale)
+        frames = encoding.read_clip(control.path, request, scale_time=time * temporal_scale)
         num_frames = request.shape.num_frames
         is_video = (media.probe(control.path).num_frames or 1) > 1  # an image steers the first
         if is_video and len(frames) < num_frames:
@@ -135,7 +135,7 @@ class ICLoraPipeline(Pipeline):
             frames = frames[[0, *range(1, len(frames), temporal_scale)]]
         height, width = request.shape.height // downscale, request.shape.width // downscale
         small = [media.prepare_frame(frame, height, width) for frame in frames]
-        return stages.encode_frames(self.models, np.stack(small), progress)
+        return encoding.encode_frames(self.models, np.stack(small), progress)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from aiprod_core.quantization.fp8 import is_cast_target
 from aiprod_core.quantization.schemes import WEIGHT_BYTES
 from aiprod_core.tiling import BySize, Tiling
 from aiprod_core.types import Modality, VideoShape
-from aiprod_pipelines import recipe, stages
+from aiprod_pipelines import encoding, recipe, stages
 from aiprod_pipelines.best_of import early_step
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.pipeline import Pipeline
@@ -192,8 +192,8 @@ class _Work:
 
     def _text_bytes(self) -> float:
         """Of the encoder's files and of the projector; nothing where the prompts are known."""
-        known = [self.models.recall(stages.text_identity(text), "text_encoder")
-                 for text in stages.prompts_of(self.request)]  # fmt: skip
+        known = [self.models.recall(encoding.text_identity(text), "text_encoder")
+                 for text in encoding.prompts_of(self.request)]  # fmt: skip
         if all(found is not None for found in known):
             return 0.0
         source = self.models.text_encoder_source

@@ -18,7 +18,7 @@ import torch
 
 from aiprod_core.components import conditioning
 from aiprod_core.errors import InputError
-from aiprod_pipelines import media, stages
+from aiprod_pipelines import encoding, media, stages
 from aiprod_pipelines.flags import main
 from aiprod_pipelines.pipeline import Pipeline, distilled_profile
 from aiprod_pipelines.progress import Progress
@@ -37,9 +37,9 @@ class RetakePipeline(Pipeline):
     def make(self, request: GenerationRequest, progress: Progress) -> Iterator[Latents]:
         models = self.models
         generators = stages.window_generators(models, request)
-        contexts = stages.encode_prompts(models, request, progress)
+        contexts = encoding.encode_prompts(models, request, progress)
 
-        source = stages.encode_source(models, request, progress, is_whole=True)
+        source = encoding.encode_source(models, request, progress, is_whole=True)
         states = stages.initial_states(models, request, source)
         states = open_window(states, request)
         return stages.denoise(
@@ -59,14 +59,14 @@ class RetakePipeline(Pipeline):
     def resolve(self, request: GenerationRequest) -> GenerationRequest:
         if request.source is not None:
             scale = self.models.profile.scale
-            own = stages.fitted_to_source(replace(request, num_frames=None), scale).num_frames
+            own = encoding.fitted_to_source(replace(request, num_frames=None), scale).num_frames
             assert own is not None
             if request.num_frames is not None and request.num_frames > own:
                 raise InputError(
                     f"{request.source}: has {own} frames on the model's grid; num_frames "
                     f"{request.num_frames} is more, try {own}, or --pipeline extend."
                 )
-            request = stages.fitted_to_source(request, scale)
+            request = encoding.fitted_to_source(request, scale)
         request = super().resolve(request)
         duration_s = request.shape.duration_s
         start_s = request.start_time or 0.0

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from aiprod_core.types import AV
-from aiprod_pipelines import media, stages
+from aiprod_pipelines import encoding, media, stages
 from aiprod_pipelines.best_of import open_verdict
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
@@ -35,8 +35,8 @@ def score_file(
     request = GenerationRequest(prompt=prompt or prompt_of(path), source=path)
     info = media.probe(path)
     request = replace(request, generate_audio=info.audio_codec is not None)
-    request = stages.fitted_to_source(request, models.profile.scale).resolved(models.profile)
-    latents = stages.encode_source(models, request, progress, is_whole=True)
+    request = encoding.fitted_to_source(request, models.profile.scale).resolved(models.profile)
+    latents = encoding.encode_source(models, request, progress, is_whole=True)
     states = stages.initial_states(models, request, latents)
     scores = verdict(AV(latents.video, latents.audio), 0.0, states.video_grid, states.audio_grid)
     return scores | {"overall": sum(scores.values())}

@@ -1,29 +1,25 @@
-"""The verbs that every pipeline shares, each one stage of a run.
+"""From what is encoded to clean latents: the verbs that every recipe shares.
 
 Networks are borrowed from the ModelSet for the length of a stage. Latents and tokens stay on the
 model's device; random numbers come from one generator on the CPU, so a seed means the same there
 and on a GPU.
 
-A recipe reads: encode_prompts, initial_states, conditions, denoise, and for a second stage
+A recipe reads: encode (encoding.py), initial_states, conditions, denoise, and for a second stage
 upsample, initial_states, conditions, refine. What `denoise`, `upsample` and `refine` give comes
-window by window, each made when it is asked for; most clips are one window.
+window by window, each made when it is asked for; most clips are one window. A Clip decodes them
+(decoding.py).
 
 Letters: B batch (1 here), C channels, F latent frames, H W height and width, N tokens, S text
 tokens, D context width.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from aiprod_core.components import conditioning, denoising, schedulers
@@ -36,23 +32,18 @@ from aiprod_core.components.samplers import SAMPLERS, Callback, ignore_step
 from aiprod_core.components.step_cache import POLICIES
 from aiprod_core.components.tiled_model import in_tiles
 from aiprod_core.components.windows import Place, denoise_in_windows
-from aiprod_core.errors import InputError, is_out_of_memory
 from aiprod_core.loader.lora import coverage, open_lora
-from aiprod_core.model.audio_vae import DOWNSAMPLE
-from aiprod_core.model.mel import log_mel
 from aiprod_core.model.transformer import Perturbations, Transformer
 from aiprod_core.model.upsampler import upsample_latent
 from aiprod_core.parallel import in_parallel
-from aiprod_core.tiling import decode_chunks, default_tiling, encode_tiled
-from aiprod_core.types import AV, LatentState, Modality, ScaleFactors, VideoShape
-from aiprod_pipelines import analytics, media, recipe
+from aiprod_core.types import AV, LatentState, Modality, VideoShape
+from aiprod_pipelines import analytics
 from aiprod_pipelines.best_of import Verdict, contest, early_step, open_verdict
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Advance, Progress
-from aiprod_pipelines.request import GenerationRequest, ImageCondition, LoraFile
-from aiprod_pipelines.tiles import choose_tiling, refine_tiles
+from aiprod_pipelines.request import GenerationRequest, LoraFile
+from aiprod_pipelines.tiles import refine_tiles
 
-FRAMES_AT_ONCE = 16  # converted to bytes and handed to the video encoder together
 # Samplers that draw noise have generators of their own, so that a seed's first noise is the same
 # with every sampler.
 SAMPLER_SEED_OFFSET = 10_000
@@ -96,186 +87,6 @@ class States:
     audio: LatentState | None = None
     audio_grid: AudioGrid | None = None
     frozen: frozenset[str] = frozenset()
-
-
-# Text, pictures and sound to what the model reads.
-
-
-def encode_prompts(
-    models: ModelSet, request: GenerationRequest, progress: Progress
-) -> list[Context]:
-    """The contexts of `prompts_of`, in order; known ones are not encoded again."""
-    prompts = prompts_of(request)
-    with progress.stage("encode prompt"):
-        found = {text: models.recall(text_identity(text), "text_encoder") for text in prompts}
-        unknown = [text for text in found if found[text] is None]
-        if unknown:
-            # One prompt at a time, so that a context does not depend on what else was asked for.
-            with models.text_encoder() as encoder:
-                hidden = {text: encoder.encode([text]) for text in unknown}
-            with models.text_projector() as projector:
-                for text, (states, mask) in hidden.items():
-                    states = states.to(models.device, models.dtype)
-                    video, audio, _ = projector(states, mask.to(models.device))
-                    made = {"video": video, "audio": audio}
-                    models.keep(text_identity(text), made, "text_encoder")
-                    found[text] = made
-        return [Context(**found[text]) for text in prompts]  # pyright: ignore[reportCallIssue]
-
-
-def prompts_of(request: GenerationRequest) -> list[str]:
-    """The prompt and, where the request is guided by one, the negative prompt."""
-    modalities = ("video", "audio") if request.generate_audio else ("video",)
-    if any(
-        guidance_of(request, name).cfg_scale != 1 or nag_of(request, name).is_on
-        for name in modalities
-    ):
-        return [request.text, request.negative_prompt or ""]
-    return [request.text]
-
-
-def text_identity(text: str) -> dict[str, str]:
-    return {"kind": "prompts", "text": text}
-
-
-def encode_images(
-    models: ModelSet,
-    request: GenerationRequest,
-    images: Sequence[ImageCondition],
-    progress: Progress,
-) -> list[ImageLatent]:
-    """Images to latents at the clip's size, after the H.264 round trip that the model expects."""
-    if not images:
-        return []
-    height, width = request.shape.height, request.shape.width
-    encoded = []
-    with progress.stage("encode images", len(images)) as advance:
-        for image in images:
-            identity = {
-                "kind": "images",
-                "image": recipe.input_sha256(image.path),
-                "size": [height, width],
-                "crf": request.image_crf,
-            }
-            known = models.recall(identity, "video_encoder")
-            if known is None:
-                frame = media.compress_frame(media.read_image(image.path), request.image_crf or 0)
-                frame = media.prepare_frame(frame, height, width)
-                with models.video_encoder() as encoder:
-                    known = {"latent": encoder(_to_pixels(models, frame[None])).float()}
-                models.keep(identity, known, "video_encoder")
-            encoded.append(ImageLatent(known["latent"], image.frame, image.strength))
-            advance(1)
-    return encoded
-
-
-def encode_frames(models: ModelSet, frames: media.Frames, progress: Progress) -> Tensor:
-    """A clip (frames, height, width, 3) of uint8 to its latent (1, C, F, H, W), in tiles."""
-    tiling = default_tiling(frames.shape[1], frames.shape[2], models.profile.scale)
-    with progress.stage("encode video"), models.video_encoder() as encoder:
-        return encode_tiled(encoder, _to_pixels(models, frames), tiling).float()
-
-
-def encode_audio(
-    models: ModelSet, audio: media.Audio, num_latent_frames: int, progress: Progress
-) -> Tensor:
-    """A sound to its latent (1, C, T, bins), cut or filled with silence to T."""
-    config = models.audio_config
-    audio = media.resample(audio, config.sampling_rate, channels=2)
-    # The mel is centred and needs some more sound than the latent covers.
-    needed = round(num_latent_frames / config.latents_per_second * config.sampling_rate)
-    needed += config.n_fft
-    samples = torch.from_numpy(audio.samples[:, :needed])
-    samples = F.pad(samples, (0, needed - samples.shape[1]))[None].to(models.device)
-    with progress.stage("encode audio"), models.audio_encoder() as encoder:
-        latent = encoder(log_mel(samples, config).to(models.dtype))
-    return latent[:, :, :num_latent_frames].float()
-
-
-def encode_given_audio(
-    models: ModelSet, request: GenerationRequest, progress: Progress
-) -> Tensor | None:
-    """The latent of the sound that the clip is to follow, or None."""
-    if request.audio is None:
-        return None
-    duration_s = request.shape.duration_s
-    audio = media.read_span(request.audio, request.audio_start_time, duration_s)
-    return encode_audio(models, audio, audio_grid(models, request.shape).shape.frames, progress)
-
-
-def read_clip(path: Path, request: GenerationRequest, *, scale_time: int) -> media.Frames:
-    """A video or an image at the request's size and rate, no longer than the clip and on the grid.
-
-    Frames are the nearest in time; raises InputError when the file gives not one.
-    """
-    shape = request.shape
-    frames = [
-        media.prepare_frame(frame, shape.height, shape.width)
-        for frame in media.read_frames_at(path, shape.fps, shape.num_frames)
-    ]
-    num_frames = (len(frames) - 1) // scale_time * scale_time + 1
-    return np.stack(frames[:num_frames])
-
-
-def fitted_to_source(request: GenerationRequest, scale: ScaleFactors) -> GenerationRequest:
-    """With size, rate and length of the clip to edit where the request leaves them open.
-
-    They are brought down to the grid. A clip that AIPROD enlarged for viewing counts with its own
-    size. A clip without sound gives one without.
-    """
-    assert request.source is not None
-    info = media.probe(request.source)
-    if info.width is None or info.height is None or not info.fps:
-        raise InputError(f"{request.source}: no picture in this file.")
-    enlarged = _enlargement(info.metadata)
-    height, width = info.height // enlarged, info.width // enlarged
-    frame_rate = request.frame_rate or info.fps
-    num_frames = max(1, round((info.num_frames or 1) * frame_rate / info.fps))
-    return replace(
-        request,
-        height=request.height or max(scale.height, height // scale.height * scale.height),
-        width=request.width or max(scale.width, width // scale.width * scale.width),
-        frame_rate=frame_rate,
-        num_frames=request.num_frames or (num_frames - 1) // scale.time * scale.time + 1,
-        generate_audio=request.generate_audio and info.audio_codec is not None,
-    )
-
-
-def _enlargement(metadata: Mapping[str, str]) -> int:
-    try:
-        return int(json.loads(metadata.get(recipe.TAG, ""))["request"]["enlarge"])
-    except (ValueError, KeyError, TypeError):
-        return 1
-
-
-def encode_source(
-    models: ModelSet,
-    request: GenerationRequest,
-    progress: Progress,
-    *,
-    is_whole: bool = False,
-) -> AV:
-    """The clip to edit as latents, no longer than the request's clip.
-
-    With `is_whole`, the last frame stands for those that the file announced and does not have.
-    """
-    assert request.source is not None
-    frames = read_clip(request.source, request, scale_time=models.profile.scale.time)
-    if is_whole:
-        missing = request.shape.num_frames - len(frames)
-        frames = np.concatenate([frames, frames[-1:].repeat(missing, axis=0)])
-    video = encode_frames(models, frames, progress)
-    if not request.generate_audio:
-        return AV(video)
-    shape = request.shape._replace(num_frames=len(frames))
-    audio = media.read_span(request.source, 0.0, shape.duration_s)
-    return AV(video, encode_audio(models, audio, audio_grid(models, shape).shape.frames, progress))
-
-
-def _to_pixels(models: ModelSet, frames: media.Frames) -> Tensor:
-    """(frames, height, width, 3) of uint8 to (1, 3, frames, height, width) in [-1, 1]."""
-    pixels = torch.tensor(frames).to(models.device)  # a copy: frames may be read-only
-    return rearrange((pixels / 127.5 - 1).to(models.dtype), "f h w c -> 1 c f h w")
 
 
 # What is to be made, and what of it is given.
@@ -673,133 +484,3 @@ def computing_in(dtype: torch.dtype, transformer: Model) -> Model:
         return transformer(cast(video), cast(audio), perturbations)
 
     return model
-
-
-@torch.inference_mode()
-def decode_video(
-    models: ModelSet,
-    latent: Tensor,
-    progress: Progress,
-    *,
-    tile: str = "auto",
-    is_tiny: bool = False,  # the small decoder, for previews
-    is_streamed: bool = False,
-    at_once: int | None = None,  # latent frames that a stream decodes together at most
-    until: Callable[[int], Tensor] | None = None,
-) -> Iterator[Tensor]:
-    """Yields the clip as chunks (frames, height, width, 3) of uint8 on the CPU.
-
-    Long or large clips are decoded in overlapping tiles, so that memory holds one tile in time;
-    `tile` is "auto" (as the free memory allows), "off" or WxHxF. Of a clip in the making,
-    `until(n)` gives the latent with n frames of it made; `latent` then says no more than its shape.
-    """
-    scale = models.profile.scale
-    num_frames = (latent.shape[2] - 1) * scale.time + 1
-    generator = torch.Generator(models.device).manual_seed(0)  # for decoders that inject noise
-    lend = models.tiny_decoder if is_tiny else models.video_decoder
-    with progress.stage("decode video", num_frames) as advance, lend() as decoder:
-        size = (num_frames, latent.shape[3] * scale.height, latent.shape[4] * scale.width)
-        choose = partial(
-            choose_tiling,
-            config=decoder.config,
-            scale=scale,
-            size=size,
-            element_bytes=models.dtype.itemsize,
-            is_streamed=is_streamed,
-            at_once=at_once,
-        )
-        free = models.free_memory()
-        tiling = choose(tile, free_bytes=free)
-        latent = latent.to(models.device, models.dtype, copy=until is not None)
-
-        def ready(count: int) -> None:
-            if until is not None:
-                latent[:, :, :count] = until(count)[:, :, :count]
-
-        done = 0  # frames handed out
-        while True:
-            try:
-                generator.manual_seed(0)
-                chunks = decode_chunks(decoder, latent, tiling, generator=generator, ready=ready)
-                for frames in analytics.each("frames", _from(done, chunks)):
-                    done += len(frames)
-                    advance(len(frames))
-                    yield frames
-                return
-            except (MemoryError, RuntimeError) as error:
-                free //= 2
-                smaller = choose("auto", free_bytes=free)
-                if not is_out_of_memory(error) or smaller == tiling:
-                    raise
-                tiling = smaller
-                progress.note("out of memory: going on with smaller tiles")
-
-
-def _from(start: int, chunks: Iterator[Tensor]) -> Iterator[Tensor]:
-    """Decoded chunks (1, 3, frames, H, W) as bytes (frames, H, W, 3) from frame `start` on."""
-    at = 0
-    for pixels in chunks:
-        for part in pixels[0].split(FRAMES_AT_ONCE, dim=1):
-            skipped = min(max(start - at, 0), part.shape[1])
-            at += part.shape[1]
-            part = part[:, skipped:]
-            if part.shape[1]:
-                frames = ((part.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-                yield rearrange(frames, "c f h w -> f h w c").cpu()
-
-
-@torch.inference_mode()
-def decode_audio(
-    models: ModelSet, latent: Tensor, duration_s: float, progress: Progress
-) -> media.Audio:
-    """The waveform, cut or filled with silence to the clip's duration."""
-    with progress.stage("decode audio"):
-        with models.audio_decoder() as decoder:
-            mel = decoder(latent.to(models.device, models.dtype))
-        with models.vocoder() as vocoder:
-            waveform = vocoder(mel)[0].float().clamp(-1, 1)  # (channels, samples)
-            sample_rate = vocoder.output_sample_rate
-        missing = round(duration_s * sample_rate) - waveform.shape[1]
-        waveform = torch.nn.functional.pad(waveform, (0, missing))  # negative padding cuts
-        return media.Audio(waveform.cpu().numpy(), sample_rate)
-
-
-def decode_audio_parts(
-    models: ModelSet,
-    until: Callable[[int], Tensor],  # n to the latent (1, C, T, bins) with n frames of it made
-    duration_s: float,
-    progress: Progress,
-) -> media.StreamedAudio:
-    """The waveform of `decode_audio` in parts of a second, made as they are asked for.
-
-    Each is decoded with a second before it and a third after it, as far as the networks see. The
-    first is half as long, so that it is there early.
-    """
-    config = models.audio_config
-    sample_rate = models.sample_rate
-    total = round(duration_s * sample_rate)
-    per_frame = config.hop_length * sample_rate // config.sampling_rate  # of the mel
-    per_latent = DOWNSAMPLE * per_frame
-    # On a causal axis the first latent stands for a single frame of the mel.
-    early = 0 if config.causality_axis == "none" else (DOWNSAMPLE - 1) * per_frame
-    second = round(config.latents_per_second)
-
-    @torch.inference_mode()
-    def parts() -> Iterator[media.Samples]:
-        count = until(0).shape[2]
-        for start in (0, *range(second // 2, count, second)):
-            stop = min(start + second if start else second // 2, count)
-            first, last = max(0, start - second), min(stop + second // 3, count)
-            latent = until(last)[:, :, first:last].to(models.device, models.dtype)
-            with progress.stage("decode audio"):
-                with models.audio_decoder() as decoder:
-                    mel = decoder(latent)
-                with models.vocoder() as vocoder:
-                    waveform = vocoder(mel)[0].float().clamp(-1, 1)
-            begin = max(0, start * per_latent - early)
-            end = max(begin, stop * per_latent - early if stop < count else total)
-            shift = first * per_latent  # a tile of time begins with its first latent's last frame
-            part = waveform[:, begin - shift : end - shift]
-            yield F.pad(part, (0, end - begin - part.shape[1])).cpu().numpy()
-
-    return media.StreamedAudio(parts(), sample_rate)

@@ -17,7 +17,7 @@ import torch
 
 from aiprod_core.components import conditioning
 from aiprod_core.errors import InputError
-from aiprod_pipelines import stages
+from aiprod_pipelines import encoding, stages
 from aiprod_pipelines.flags import main
 from aiprod_pipelines.pipeline import UNGUIDED, Pipeline, distilled_profile
 from aiprod_pipelines.progress import Progress
@@ -35,7 +35,7 @@ class TextToAudioPipeline(Pipeline):
     def make(self, request: GenerationRequest, progress: Progress) -> Iterator[Latents]:
         models = self.models
         generators = stages.window_generators(models, request)
-        contexts = stages.encode_prompts(models, request, progress)
+        contexts = encoding.encode_prompts(models, request, progress)
 
         grid = stages.audio_grid(models, request.shape)
         audio = conditioning.audio_state(grid, device=models.device)

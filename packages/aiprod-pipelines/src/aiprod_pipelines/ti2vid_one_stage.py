@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from aiprod_pipelines import stages
+from aiprod_pipelines import encoding, stages
 from aiprod_pipelines.flags import main
 from aiprod_pipelines.pipeline import Pipeline
 from aiprod_pipelines.progress import Progress
@@ -28,10 +28,10 @@ class TI2VidOneStagePipeline(Pipeline):
     def make(self, request: GenerationRequest, progress: Progress) -> Iterator[Latents]:
         models = self.models
         generators = stages.window_generators(models, request)
-        contexts = stages.encode_prompts(models, request, progress)
+        contexts = encoding.encode_prompts(models, request, progress)
 
-        given_audio = stages.encode_given_audio(models, request, progress)
-        images = stages.encode_images(models, request, request.images, progress)
+        given_audio = encoding.encode_given_audio(models, request, progress)
+        images = encoding.encode_images(models, request, request.images, progress)
         states = stages.initial_states(models, request, given_audio=given_audio)
         states = stages.add_images(states, images)
         return stages.denoise(

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from aiprod_pipelines import stages
+from aiprod_pipelines import encoding, stages
 from aiprod_pipelines.flags import main
 from aiprod_pipelines.pipeline import Pipeline
 from aiprod_pipelines.progress import Progress
@@ -34,12 +34,12 @@ class TI2VidTwoStagesPipeline(Pipeline):
     def make(self, request: GenerationRequest, progress: Progress) -> Iterator[Latents]:
         models = self.models
         generators = stages.window_generators(models, request)
-        contexts = stages.encode_prompts(models, request, progress)
-        given_audio = stages.encode_given_audio(models, request, progress)
+        contexts = encoding.encode_prompts(models, request, progress)
+        given_audio = encoding.encode_given_audio(models, request, progress)
 
         # Stage 1, at half the height and width.
         small = request.at_half_size() if self.uses_stage_2(request) else request
-        images = stages.encode_images(models, small, small.images, progress)
+        images = encoding.encode_images(models, small, small.images, progress)
         states = stages.initial_states(models, small, given_audio=given_audio)
         states = stages.add_images(states, images)
         stage_1 = stages.denoise(
@@ -56,7 +56,7 @@ class TI2VidTwoStagesPipeline(Pipeline):
             return stage_1
 
         # Stage 2, at full size, from the upsampled picture. Images are encoded anew: at this size.
-        images = stages.encode_images(models, request, request.images, progress)
+        images = encoding.encode_images(models, request, request.images, progress)
         states = stages.initial_states(models, request, given_audio=given_audio)
         states = stages.add_images(states, images)
         stage_1, sounds = tee(stage_1)

@@ -44,7 +44,7 @@ from aiprod_core.errors import InputError
 from aiprod_core.loader.networks import load_text_projector, load_transformer
 from aiprod_core.model.text_connector import TextProjector
 from aiprod_core.types import AV, AudioLatentShape, LatentState, Modality, VideoLatentShape
-from aiprod_pipelines import stages
+from aiprod_pipelines import encoding, stages
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest
@@ -412,7 +412,7 @@ class TaskMaker:
             raise InputError(f"{config.latents}: has clips without a picture; leave them out.")
         values = {"prompt": "-", **config.guidance}
         request = GenerationRequest.from_dict(values).resolved(models.profile)
-        contexts = stages.encode_prompts(models, request, Progress())
+        contexts = encoding.encode_prompts(models, request, Progress())
         negatives = contexts[1]._asdict() if len(contexts) > 1 else {}
         return cls(
             config,

@@ -33,7 +33,7 @@ from aiprod_core.loader.lora import Lora
 from aiprod_core.model.mel import log_mel
 from aiprod_core.model.reward import text_states
 from aiprod_core.types import AV, AudioLatentShape, VideoLatentShape
-from aiprod_pipelines import stages
+from aiprod_pipelines import encoding, stages
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest
@@ -408,7 +408,7 @@ def _sample(
     request, quiet = requests[0], Progress()
     known: dict[str, list[stages.Context]] = {}
     for each in requests:
-        known.setdefault(each.text, stages.encode_prompts(models, each, quiet))
+        known.setdefault(each.text, encoding.encode_prompts(models, each, quiet))
     contexts = [known[each.text] for each in requests]
     single = stages.initial_states(models, request)
     assert single.video_grid is not None and single.audio_grid is not None

@@ -36,7 +36,7 @@ from aiprod_core.loader.checkpoint import open_checkpoint, save_checkpoint
 from aiprod_core.loader.networks import load_reward
 from aiprod_core.model.reward import AXES, RewardConfig, RewardModel, init_reward, pooled
 from aiprod_core.types import AV
-from aiprod_pipelines import stages
+from aiprod_pipelines import decoding
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
 from aiprod_trainer.config import Section
@@ -421,8 +421,8 @@ def judged_clip(
         if latent is not None
     )
     fps, quiet = models.profile.frame_rate, Progress()
-    frames = torch.cat(list(stages.decode_video(models, video, quiet))).numpy()
-    sound = stages.decode_audio(models, audio, len(frames) / fps, quiet)
+    frames = torch.cat(list(decoding.decode_video(models, video, quiet))).numpy()
+    sound = decoding.decode_audio(models, audio, len(frames) / fps, quiet)
     assert prompt.scene is not None
     found = judge(frames, sound.samples, sound.sample_rate, fps)
     agrees = agreement(found, prompt.scene)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from aiprod_core.components import conditioning
 from aiprod_core.errors import InputError
 from aiprod_core.loader import networks
-from aiprod_pipelines import media, stages
+from aiprod_pipelines import encoding, media, stages
 from aiprod_pipelines.clip import Clip
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.ic_lora import ICLoraPipeline
@@ -126,8 +126,8 @@ class Validation:
         """One guided stage with the reference beside the clip, as an IC-LoRA is trained."""
         models, progress = self.models, Progress()
         generators = stages.window_generators(models, request)
-        contexts = stages.encode_prompts(models, request, progress)
-        images = stages.encode_images(models, request, request.images, progress)
+        contexts = encoding.encode_prompts(models, request, progress)
+        images = encoding.encode_images(models, request, request.images, progress)
         states = stages.add_images(stages.initial_states(models, request), images)
         assert sample.reference is not None and states.video is not None
         assert states.video_grid is not None

@@ -439,7 +439,7 @@ def audio_case() -> Case:
 
 def clip_case() -> Case:
     """Nano's clip, warm, by the distilled schedule of 8 steps: prompt to frames and waveform."""
-    from aiprod_pipelines import stages
+    from aiprod_pipelines import decoding, encoding, stages
     from aiprod_pipelines.components import ModelSet
     from aiprod_pipelines.progress import Progress
     from aiprod_pipelines.request import GenerationRequest, PerModality
@@ -457,14 +457,14 @@ def clip_case() -> Case:
 
     def ours() -> tuple[Tensor, Tensor]:
         progress = Progress()
-        contexts = stages.encode_prompts(models, request, progress)
+        contexts = encoding.encode_prompts(models, request, progress)
         states = stages.initial_states(models, request)
         generators = stages.window_generators(models, request)
         windows = stages.denoise(models, request, states, contexts, generators, progress)
         latents = stages.finished(windows)
         assert latents.video is not None and latents.audio is not None
-        frames = torch.cat(list(stages.decode_video(models, latents.video, progress, tile="off")))
-        sound = stages.decode_audio(models, latents.audio, request.shape.duration_s, progress)
+        frames = torch.cat(list(decoding.decode_video(models, latents.video, progress, tile="off")))
+        sound = decoding.decode_audio(models, latents.audio, request.shape.duration_s, progress)
         return frames.float() / 255, torch.from_numpy(sound.samples)
 
     states = stages.initial_states(models, request)

@@ -21,7 +21,7 @@ from torch import Tensor
 from aiprod_core.errors import InputError
 from aiprod_core.model.text_encoder import GEMMA_HUB_ID
 from aiprod_core.types import ScaleFactors, VideoShape
-from aiprod_pipelines import media, stages
+from aiprod_pipelines import encoding, media, stages
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.recipe import contents_of, file_identity, text_encoder_identity
@@ -108,9 +108,9 @@ def latents_of(
     frames = None
     if "video" in clip.files:
         frames = clips.read_pixels(clip, settings, bucket)
-        found["video"] = stages.encode_frames(models, frames, progress)
+        found["video"] = encoding.encode_frames(models, frames, progress)
     for name, reference in clips.read_references(clip, settings, bucket, frames).items():
-        found[name] = stages.encode_frames(models, reference, progress)
+        found[name] = encoding.encode_frames(models, reference, progress)
     if "video_mask" in clip.files:
         mask = torch.from_numpy(clips.read_mask(clip, settings, bucket))
         found["video_masks"] = mask_on_grid(mask, scale)[None]
@@ -118,10 +118,12 @@ def latents_of(
         length = stages.audio_grid(models, shape).shape.frames
         if "audio" in clip.files or media.probe(clip.files["video"]).audio_codec:
             sound = clips.read_sound(clip, shape.duration_s)
-            found["audio"] = stages.encode_audio(models, sound, length, progress)
+            found["audio"] = encoding.encode_audio(models, sound, length, progress)
         if "reference_audio" in clip.files:
             sound = media.read_span(clip.files["reference_audio"], 0.0, shape.duration_s)
-            found["reference_audio_latents"] = stages.encode_audio(models, sound, length, progress)
+            found["reference_audio_latents"] = encoding.encode_audio(
+                models, sound, length, progress
+            )
         if "audio_mask" in clip.files:
             sound = media.read_span(clip.files["audio_mask"], 0.0, shape.duration_s)
             found["audio_masks"] = mask_on_time(torch.from_numpy(sound.samples), length)[None]

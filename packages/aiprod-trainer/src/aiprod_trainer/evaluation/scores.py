@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from aiprod_core.errors import InputError
-from aiprod_pipelines import media, stages
+from aiprod_pipelines import decoding, encoding, media
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.metrics.report import Report, measure, read_clip
 from aiprod_pipelines.progress import Progress
@@ -173,14 +173,14 @@ def codec_scores(models: ModelSet, scenes: Iterable[Scene]) -> dict[str, float |
     psnr, onset_ms, same = [], [], []
     for scene in scenes:
         frames = render(scene, models.profile.height)
-        latent = stages.encode_frames(models, frames, quiet)
-        decoded = torch.cat(list(stages.decode_video(models, latent, quiet))).cpu().numpy()
+        latent = encoding.encode_frames(models, frames, quiet)
+        decoded = torch.cat(list(decoding.decode_video(models, latent, quiet))).cpu().numpy()
         error = np.square(decoded.astype(np.float32) - frames[: len(decoded)]).mean()
         psnr.append(float(10 * np.log10(255**2 / max(error, 1e-6))))
         sound, kind = synthesise(scene), sound_kind(scene.body)
         count = round(scene.duration_s * models.audio_config.latents_per_second)
-        coded = stages.encode_audio(models, media.Audio(sound, SAMPLE_RATE), count, quiet)
-        back = stages.decode_audio(models, coded, scene.duration_s, quiet)
+        coded = encoding.encode_audio(models, media.Audio(sound, SAMPLE_RATE), count, quiet)
+        back = decoding.decode_audio(models, coded, scene.duration_s, quiet)
         heard = media.resample(back, SAMPLE_RATE, channels=2).samples
         same.append(find_sound(heard, SAMPLE_RATE) == kind)
         truth = heard_events(sound, kind, SAMPLE_RATE)
