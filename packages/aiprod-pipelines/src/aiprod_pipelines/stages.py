@@ -14,9 +14,9 @@ tokens, D context width.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ from aiprod_core.components.samplers import SAMPLERS, Callback, ignore_step
 from aiprod_core.components.step_cache import POLICIES
 from aiprod_core.components.tiled_model import in_tiles
 from aiprod_core.components.windows import Place, denoise_in_windows
-from aiprod_core.loader.lora import coverage, open_lora
+from aiprod_core.loader.lora import Lora, coverage, open_lora
 from aiprod_core.model.transformer import Perturbations, Transformer
 from aiprod_core.model.upsampler import upsample_latent
 from aiprod_core.parallel import in_parallel
@@ -154,7 +154,7 @@ def add_keyframes(states: States, images: Sequence[ImageLatent]) -> States:
     return replace(states, video=video)
 
 
-# Noise to clean latents.
+# How a resolved request wants it made.
 
 
 def guidance_of(request: GenerationRequest, modality: str) -> Guidance:
@@ -197,6 +197,10 @@ def window_generators(models: ModelSet, request: GenerationRequest) -> list[torc
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+# Noise to clean latents.
+
+
+@torch.inference_mode()
 def denoise(
     models: ModelSet,
     request: GenerationRequest,
@@ -218,156 +222,26 @@ def denoise(
     A small model, which stays loaded, makes each window when it is asked for. One that is read for
     its stage makes all of them at once.
     """
-    sigmas = schedule_of(request) if sigmas is None else sigmas
-    # A frozen modality has neither a negative text nor guidance of its own.
-    nag = {
-        name: NAG() if name in states.frozen else nag_of(request, name)
-        for name in ("video", "audio")
-    }
-
-    def guided(name: str, state: LatentState | None) -> GuidedModality | None:
-        if state is None:
-            return None
-        context, *negative = (getattr(context, name) for context in contexts)
-        is_frozen = name in states.frozen
-        guidance = guidance_of(request, name) if is_guided and not is_frozen else Guidance()
-        if nag[name].is_on:
-            return GuidedModality(state, both_prompts(context, negative[0]), guidance=guidance)
-        negative = negative[0] if negative and is_guided and not is_frozen else None
-        return GuidedModality(state, context, negative, guidance, is_frozen=is_frozen)
-
-    windows = request.windows(models.profile.scale.time)
-    steps = len(sigmas) - 1
-    sampler_name = sampler or request.sampler or "euler"
     is_contest = request.best_of > 1 and stage == "denoise"
-    verdict = open_verdict(models, request.text) if is_contest else None
-    seeds = [(request.seed + k) % 2**63 for k in range(request.best_of if is_contest else 1)]
-    adapters = [(open_lora(lora.path), lora.strength) for lora in loras]
-    is_lazy = models.stays_loaded
-
-    @contextmanager
-    def transformer_for() -> Iterator[tuple[Transformer, Model, Advance]]:
-        with (
-            progress.stage(
-                stage, steps * len(windows) + early_step(steps) * (len(seeds) - 1)
-            ) as advance,
-            models.transformer(adapters, audio_only=states.video is None) as transformer,
-            guided_text_attention(transformer, **nag),
-            # Where blocks come and go to save memory, nothing of them is kept.
-            computed_once(transformer) if models.offload in ("none", "model") else nullcontext(),
-            in_parallel(models.parallel, transformer) as shared,
-        ):
-            yield transformer, computing_in(models.dtype, shared), advance
-
-    @torch.inference_mode()
-    def make() -> Iterator[Latents]:
-        with ExitStack() as stack:
-            lent = None if is_lazy else stack.enter_context(transformer_for())
-
-            def run(
-                number: int, video: LatentState | None, audio: LatentState | None, place: Place
-            ) -> AV:
-                with nullcontext(lent) if lent else transformer_for() as borrowed:
-                    transformer, model, advance = borrowed
-                    if is_lazy:
-                        advance(steps * number)  # what windows before have done
-                    if number == 0:
-                        for lora, strength in adapters:
-                            covered = coverage(transformer, lora)
-                            progress.note(f"{lora.name}: {covered} at strength {strength:g}")
-                    if tiles is not None:
-                        model = in_tiles(model, tiles, models.profile.scale)
-
-                    def lighten(denoiser: GuidedDenoiser) -> bool:
-                        way: str | None = "one guidance pass at a time"
-                        if denoiser.max_batch_size != 1:
-                            denoiser.max_batch_size = 1
-                        else:
-                            way = models.lighten(transformer)
-                        if way is not None:
-                            progress.note(f"out of memory: going on with {way}")
-                        return way is not None
-
-                    def denoise_with(
-                        sample: Sampler, noise: torch.Generator, callback: Callback
-                    ) -> AV:
-                        end_step = analytics.laps("step")
-
-                        def after_step(step: int, sigma: float, x: AV, denoised: AV) -> None:
-                            end_step()
-                            advance(1)
-                            progress.preview(lambda: _latents(place(denoised), states))
-                            callback(step, sigma, x, denoised)
-
-                        return denoising.denoise(
-                            model,
-                            sigmas,
-                            guided("video", video),
-                            guided("audio", audio),
-                            sampler=sample,
-                            generator=noise,
-                            max_batch_size=request.max_batch_size,
-                            min_cosine=request.adaptive_guidance,
-                            cache_policy=POLICIES.get(request.step_cache),
-                            lighten=lighten if models.parallel == "none" else None,
-                            callback=after_step,
-                        )
-
-                    if verdict is None:
-                        return denoise_with(sample(), generators[number], ignore_step)
-                    return best_of_seeds(denoise_with, verdict, place)
-
-            @cache  # when it is asked for: an earlier stage may have chosen another seed
-            def sample() -> Sampler:
-                return sampler_of(sampler_name, generators[0].initial_seed())
-
-            def best_of_seeds(
-                denoise_with: Callable[[Sampler, torch.Generator, Callback], AV],
-                verdict: Verdict,
-                place: Place,
-            ) -> AV:
-                noises = {seed: torch.Generator().manual_seed(seed) for seed in seeds}
-
-                def attempt(seed: int, callback: Callback) -> AV:
-                    return denoise_with(sampler_of(sampler_name, seed), noises[seed], callback)
-
-                def judged(denoised: AV, sigma: float) -> float:
-                    latents = _latents(place(denoised), states)
-                    grids = states.video_grid, states.audio_grid
-                    return sum(verdict(latents, sigma, *grids).values())
-
-                x, seed, scores = contest(attempt, seeds, steps, judged)
-                # What follows draws on: its noise is that of the seed alone.
-                generators[0].set_state(noises[seed].get_state())
-                early = ", ".join(f"{score:+.2f}" for score in scores)
-                progress.note(f"best of {len(seeds)}: seed {seed} (early scores {early})")
-                return x
-
-            grids = {"video": states.video_grid, "audio": states.audio_grid}
-            window = window_shape(models, request)
-            made = denoise_in_windows(
-                run,
-                windows,
-                states.video,
-                states.audio,
-                own_tokens={name: grid.num_tokens for name, grid in grids.items() if grid},
-                window_tokens={
-                    name: grid_of(models, window).num_tokens
-                    for name, grid_of in (("video", video_grid), ("audio", audio_grid))
-                    if grids[name]
-                },
-                frozen=states.frozen,
-                starts=starts,
-            )
-            per_frame = {"audio": 1}
-            if states.video_grid is not None:
-                per_frame["video"] = states.video_grid.tokens_per_frame
-            for window_tokens, clip, final in made:
-                frames = {name: count // per_frame[name] for name, count in final.items()}
-                seed = generators[0].initial_seed()
-                yield Latents(_latents(clip, states), frames, window_tokens, seed)
-
-    return make() if is_lazy else iter(list(make()))
+    shared = _Stage(
+        name=stage,
+        models=models,
+        request=request,
+        states=states,
+        contexts=contexts,
+        generators=generators,
+        progress=progress,
+        sigmas=schedule_of(request) if sigmas is None else sigmas,
+        adapters=[(open_lora(lora.path), lora.strength) for lora in loras],
+        is_guided=is_guided,
+        sampler_name=sampler or request.sampler or "euler",
+        tiles=tiles,
+        verdict=open_verdict(models, request.text) if is_contest else None,
+    )
+    if models.stays_loaded:
+        return _windows(shared, starts, borrow=partial(_borrow_transformer, shared))
+    with _borrow_transformer(shared) as lent:
+        return iter(list(_windows(shared, starts, borrow=lambda number: nullcontext(lent))))
 
 
 def finished(windows: Iterable[Latents]) -> AV:
@@ -443,6 +317,207 @@ def with_sound_of(sounds: Iterable[Latents], pictures: Iterable[Latents]) -> Ite
     for picture, sound in zip(pictures, sounds, strict=False):
         final = {**sound.final, "video": picture.final["video"]}
         yield picture._replace(clip=AV(picture.clip.video, sound.clip.audio), final=final)
+
+
+# What `denoise` is made of.
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What the windows of one `denoise` share: its arguments, with their defaults filled in."""
+
+    name: str
+    models: ModelSet
+    request: GenerationRequest
+    states: States  # of the whole clip
+    contexts: list[Context]
+    generators: Sequence[torch.Generator]
+    progress: Progress
+    sigmas: Tensor
+    adapters: list[tuple[Lora, float]]
+    is_guided: bool
+    sampler_name: str
+    tiles: Tensor | None
+    verdict: Verdict | None  # where several seeds are tried and the best is finished
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """One for all windows. First asked for when an earlier stage has settled on a seed."""
+        return sampler_of(self.sampler_name, self.generators[0].initial_seed())
+
+    def nag(self, name: str) -> NAG:
+        return NAG() if name in self.states.frozen else nag_of(self.request, name)
+
+    def guided(self, name: str, state: LatentState | None) -> GuidedModality | None:
+        """A window's state of one modality, with its texts.
+
+        A frozen modality has neither a negative text nor guidance of its own.
+        """
+        if state is None:
+            return None
+        context, *negative = (getattr(context, name) for context in self.contexts)
+        is_frozen = name in self.states.frozen
+        is_guided = self.is_guided and not is_frozen
+        guidance = guidance_of(self.request, name) if is_guided else Guidance()
+        if self.nag(name).is_on:
+            return GuidedModality(state, both_prompts(context, negative[0]), guidance=guidance)
+        negative = negative[0] if negative and is_guided else None
+        return GuidedModality(state, context, negative, guidance, is_frozen=is_frozen)
+
+
+class _Loan(NamedTuple):
+    """The transformer while a stage has it."""
+
+    model: Model  # as it is to be called
+    lighten: Callable[[GuidedDenoiser], bool] | None  # for when memory runs out
+    advance: Advance  # the stage's progress, by steps
+
+
+@contextmanager
+def _borrow_transformer(stage: _Stage, windows_done: int = 0) -> Iterator[_Loan]:
+    """With the stage's LoRAs and negative prompts in it, and the stage shown as running."""
+    models, progress = stage.models, stage.progress
+    total = stage.steps * len(stage.request.windows(models.profile.scale.time))
+    if stage.verdict is not None:
+        total += early_step(stage.steps) * (stage.request.best_of - 1)
+    with (
+        progress.stage(stage.name, total) as advance,
+        models.transformer(stage.adapters, audio_only=stage.states.video is None) as transformer,
+        guided_text_attention(transformer, video=stage.nag("video"), audio=stage.nag("audio")),
+        # Where blocks come and go to save memory, nothing of them is kept.
+        computed_once(transformer) if models.offload in ("none", "model") else nullcontext(),
+        in_parallel(models.parallel, transformer) as shared,
+    ):
+        advance(stage.steps * windows_done)
+        if windows_done == 0:
+            for lora, strength in stage.adapters:
+                covered = coverage(transformer, lora)
+                progress.note(f"{lora.name}: {covered} at strength {strength:g}")
+        model = computing_in(models.dtype, shared)
+        if stage.tiles is not None:
+            model = in_tiles(model, stage.tiles, models.profile.scale)
+        lighten = partial(_lighten, models, transformer, progress)
+        yield _Loan(model, lighten if models.parallel == "none" else None, advance)
+
+
+def _lighten(
+    models: ModelSet, transformer: Transformer, progress: Progress, denoiser: GuidedDenoiser
+) -> bool:
+    """Makes the next call of the model smaller; False where nothing is left to do."""
+    if denoiser.max_batch_size != 1:
+        denoiser.max_batch_size, way = 1, "one guidance pass at a time"
+    else:
+        way = models.lighten(transformer)
+    if way is not None:
+        progress.note(f"out of memory: going on with {way}")
+    return way is not None
+
+
+@torch.inference_mode()
+def _windows(
+    stage: _Stage,
+    starts: Iterable[AV] | None,
+    borrow: Callable[[int], AbstractContextManager[_Loan]],  # for the window of a number
+) -> Iterator[Latents]:
+    """The clip after each of its windows."""
+    models, states = stage.models, stage.states
+    window = window_shape(models, stage.request)
+    own_tokens, window_tokens, tokens_per_frame = {}, {}, {}
+    if states.video_grid is not None:
+        own_tokens["video"] = states.video_grid.num_tokens
+        window_tokens["video"] = video_grid(models, window).num_tokens
+        tokens_per_frame["video"] = states.video_grid.tokens_per_frame
+    if states.audio_grid is not None:
+        own_tokens["audio"] = states.audio_grid.num_tokens
+        window_tokens["audio"] = audio_grid(models, window).num_tokens
+        tokens_per_frame["audio"] = 1
+
+    def run(number: int, video: LatentState | None, audio: LatentState | None, place: Place) -> AV:
+        guided = stage.guided("video", video), stage.guided("audio", audio)
+        with borrow(number) as loan:
+            sample = partial(_sample, stage, loan, *guided, place)
+            if stage.verdict is not None:
+                return _sample_best(stage, stage.verdict, sample, place)
+            return sample(stage.sampler, stage.generators[number], ignore_step)
+
+    for made in denoise_in_windows(
+        run,
+        stage.request.windows(models.profile.scale.time),
+        states.video,
+        states.audio,
+        own_tokens=own_tokens,
+        window_tokens=window_tokens,
+        frozen=states.frozen,
+        starts=starts,
+    ):
+        final = {name: count // tokens_per_frame[name] for name, count in made.final.items()}
+        seed = stage.generators[0].initial_seed()
+        yield Latents(_latents(made.clip, states), final, made.window, seed)
+
+
+def _sample(
+    stage: _Stage,
+    loan: _Loan,
+    video: GuidedModality | None,
+    audio: GuidedModality | None,
+    place: Place,  # puts a window's tokens into the clip's
+    sampler: Sampler,
+    noise: torch.Generator,
+    callback: Callback,
+) -> AV:
+    """Noise to a window's clean tokens; every step is timed, shown and offered as a preview."""
+    request = stage.request
+    end_step = analytics.laps("step")
+
+    def after_step(step: int, sigma: float, x: AV, denoised: AV) -> None:
+        end_step()
+        loan.advance(1)
+        stage.progress.preview(lambda: _latents(place(denoised), stage.states))
+        callback(step, sigma, x, denoised)
+
+    return denoising.denoise(
+        loan.model,
+        stage.sigmas,
+        video,
+        audio,
+        sampler=sampler,
+        generator=noise,
+        max_batch_size=request.max_batch_size,
+        min_cosine=request.adaptive_guidance,
+        cache_policy=POLICIES.get(request.step_cache),
+        lighten=loan.lighten,
+        callback=after_step,
+    )
+
+
+def _sample_best(
+    stage: _Stage,
+    verdict: Verdict,
+    sample: Callable[[Sampler, torch.Generator, Callback], AV],
+    place: Place,
+) -> AV:
+    """`sample` with that of the request's seeds which the verdict finds best early on."""
+    states, request = stage.states, stage.request
+    seeds = [(request.seed + k) % 2**63 for k in range(request.best_of)]
+    noises = {seed: torch.Generator().manual_seed(seed) for seed in seeds}
+
+    def attempt(seed: int, callback: Callback) -> AV:
+        return sample(sampler_of(stage.sampler_name, seed), noises[seed], callback)
+
+    def judge(denoised: AV, sigma: float) -> float:
+        latents = _latents(place(denoised), states)
+        return sum(verdict(latents, sigma, states.video_grid, states.audio_grid).values())
+
+    x, seed, scores = contest(attempt, seeds, stage.steps, judge)
+    # What follows draws on: its noise is that of the seed alone.
+    stage.generators[0].set_state(noises[seed].get_state())
+    early = ", ".join(f"{score:+.2f}" for score in scores)
+    stage.progress.note(f"best of {len(seeds)}: seed {seed} (early scores {early})")
+    return x
 
 
 def sampler_of(name: str, seed: int) -> Sampler:
