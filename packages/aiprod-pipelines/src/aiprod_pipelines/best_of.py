@@ -5,12 +5,13 @@ reward model beside the model; the losers stop, and the winner goes on where it 
 that costs 1 + 0.3 (N - 1) clips instead of N: 1.9 for four. The clip is, bit for bit, that of its
 seed alone, so a recipe names the seed and nothing else.
 
-A sampler cannot be paused, but its callback can wait: the callback of each seed's early step runs
-the next seed within it. When the last one is judged, all of them stand on the stack, and those
-that lost are unwound.
+A sampler cannot be paused, but its callback can wait: at its early step each seed starts the next
+one from within the callback. When the last is judged, all of them wait on the stack; each in turn,
+the last first, goes on if it has won and is unwound by an exception if it has not.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,10 +36,7 @@ def early_step(steps: int) -> int:
 
 
 class _LostError(Exception):
-    """Unwinds a seed that stops; `result` is what a later seed has come to, if one has won."""
-
-    def __init__(self, result: "tuple[AV, int] | None") -> None:
-        self.result = result
+    """Stops the sampler of a seed that is not the best."""
 
 
 def contest(
@@ -52,24 +50,24 @@ def contest(
     Of equal scores the first wins.
     """
     scores: list[float] = []
+    finished: list[AV] = []
 
-    def enter(number: int) -> tuple[AV, int] | None:
+    def start(number: int) -> None:
         def after_step(step: int, sigma: float, x: AV, denoised: AV) -> None:
             if step + 1 != early_step(steps):
                 return
             scores.append(judge(denoised, sigma))
-            result = enter(number + 1) if number + 1 < len(seeds) else None
-            if result is not None or scores.index(max(scores)) != number:
-                raise _LostError(result)
+            if number + 1 < len(seeds):
+                start(number + 1)  # this seed waits here until all others are judged
+            if scores.index(max(scores)) != number:
+                raise _LostError
 
-        try:
-            return attempt(seeds[number], after_step), seeds[number]
-        except _LostError as lost:
-            return lost.result
+        with suppress(_LostError):
+            finished.append(attempt(seeds[number], after_step))
 
-    result = enter(0)
-    assert result is not None and len(scores) == len(seeds)
-    return *result, scores
+    start(0)
+    (winner,) = finished
+    return winner, seeds[scores.index(max(scores))], scores
 
 
 @dataclass(frozen=True, eq=False)
