@@ -30,7 +30,7 @@ pytest.importorskip("playwright", reason="needs playwright: pip install playwrig
 axe = pytest.importorskip(
     "axe_playwright_python.sync_playwright", reason="needs pip install axe-playwright-python"
 )
-from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright  # noqa: E402
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [
@@ -240,6 +240,7 @@ def test_a_clip_in_the_making_is_told_and_cancelled(new_page: NewPage, server: s
     page.get_by_label("Describe the clip").fill(PROMPT)
     page.get_by_text("More settings").click()
     page.get_by_label("Steps").fill("200")
+    expect(page.get_by_label("Length")).to_be_enabled()
     page.get_by_label("Length").press("End")
     page.keyboard.press("Control+Enter")
     expect(page.locator("#making-stage")).to_have_text("Denoising")
@@ -248,6 +249,20 @@ def test_a_clip_in_the_making_is_told_and_cancelled(new_page: NewPage, server: s
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator("#stage")).to_contain_text("This clip was cancelled.")
     expect(page.locator("#announcer")).to_contain_text("cancelled")
+
+
+def test_a_wish_that_is_faster_than_the_server_waits_for_its_choices(
+    new_page: NewPage, server: str
+):
+    page = new_page(server)
+    held: list[Route] = []
+    page.route("**/choices", lambda route: held.append(route))
+    page.reload()
+    page.get_by_label("Describe the clip").fill(PROMPT)
+    page.keyboard.press("Control+Enter")
+    expect(page.get_by_label("Length")).to_be_disabled()
+    held[-1].continue_()  # one before belonged to the page before
+    wait_for_clip(page)
 
 
 def test_an_image_and_a_sound_are_shown_sent_and_gone_by(

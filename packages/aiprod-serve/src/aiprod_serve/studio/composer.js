@@ -17,6 +17,8 @@ const SHAPES = [
 const NEEDS_A_CLIP = "source"; // pipelines that need one are for the stage
 
 let choices = null;
+let tellOffered;
+const offered = new Promise((resolve) => (tellOffered = resolve)); // once there are choices
 let preset = null; // one of choices.presets
 let wantedSize = ""; // of a clip that is edited; the grid may not offer it
 
@@ -82,11 +84,13 @@ export function offer(given) {
   const most_s = Math.min(choices.limits.max_clip_s, Math.max(4 * usual_s, 10));
   $("length").max = Math.floor((most_s * choices.frame_rate - 1) / choices.grid_frames);
   $("length").value = (choices.num_frames - 1) / choices.grid_frames;
+  $("length").disabled = false;
   $("prompt").maxLength = choices.limits.max_prompt_chars;
   $("steps").max = choices.limits.max_steps;
   $("silent").closest("label").hidden = $("audio-tile").hidden = !choices.has_audio;
   showLength();
   showWay();
+  tellOffered();
 }
 
 // Puts a clip's prompt and settings into the form; its files stay with it.
@@ -130,6 +134,7 @@ function way() {
 }
 
 function showWay() {
+  if (!choices) return; // shown when they come
   const { frame, summary, settings } = way();
   const isPreset = way() === preset;
   for (const input of $("preset-row").querySelectorAll("input"))
@@ -198,8 +203,8 @@ function readForm() {
 
 function submit(event) {
   event.preventDefault();
-  if (!choices) return;
   once($("generate"), $("composer-error"), async () => {
+    await offered; // whoever is faster than the server waits
     const body = readForm();
     const count = Number($("takes").value);
     const given = $("seed").value.trim();
