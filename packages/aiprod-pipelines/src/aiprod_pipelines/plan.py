@@ -53,6 +53,11 @@ USABLE = 0.9  # of the free memory: the rest is for what others allocate meanwhi
 FIRST_RATE = 0.5  # of a plain matrix product's rate, before anything was measured
 MODEL_CALLS = {"heun": 2, "res-2s": 2}  # per step; other samplers call once
 RATES_KEPT = 64  # observations a stage
+# What decoding holds on a CPU beside its tensors: kernels and tiles as Winograd's products take
+# them, and oneDNN's copies (benchmarks/plan.py on nano).
+CPU_SCRATCH_BYTES = 48 * 2**20
+# x264 looks ahead: 3.5 pictures in 4:2:0 for each of 50 frames (256 MB for 49 of 1024 x 1024).
+ENCODER_FRAMES, ENCODER_PICTURES = 50, 3.5
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,6 @@ def make_plan(pipeline: Pipeline, request: GenerationRequest) -> Plan:
     models = pipeline.models
     request = pipeline.resolve(request)
     free = models.free_memory()
-    # On a GPU the process's own memory is elsewhere.
-    base = psutil.Process().memory_info().rss if models.device.type == "cpu" else 0
     ways = [
         (offload, 1 if is_single else request.max_batch_size)
         for offload, is_single in LADDER
@@ -115,6 +118,8 @@ def make_plan(pipeline: Pipeline, request: GenerationRequest) -> Plan:
         if offload == "disk" and (request.loras or pipeline.distillation(request)):
             continue  # weights in the file cannot be added to
         found = work.stages(offload, batch)
+        # Of a process that has planned; on a GPU its own memory is elsewhere.
+        base = psutil.Process().memory_info().rss if models.device.type == "cpu" else 0
         needed = max(stage.weight_bytes + stage.activation_bytes for stage in found)
         fits = needed <= USABLE * free
         rates = Rates.open(models)
@@ -287,7 +292,16 @@ class _Work:
             cost = Footprint(0.0, decode_bytes(config, *sizes, models.dtype.itemsize))
         covered = math.prod(sizes)
         share = shape.num_frames * shape.height * shape.width / covered
-        return Footprint(cost.flops * share, cost.peak_bytes)
+        return Footprint(cost.flops * share, cost.peak_bytes + self._beside_decoding())
+
+    def _beside_decoding(self) -> float:
+        """What is held in main memory, beside the decoder, where that is a CPU's."""
+        if self.models.device.type != "cpu":
+            return 0.0
+        shape, enlarge = self.request.shape, self.request.enlarge
+        picture = 1.5 * shape.height * shape.width * enlarge**2
+        frames = min(shape.num_frames, ENCODER_FRAMES)
+        return CPU_SCRATCH_BYTES + ENCODER_PICTURES * frames * picture
 
     @cached_property
     def _audio(self) -> Footprint:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aiprod_core.loader.checkpoint import open_checkpoint
-from aiprod_core.loader.networks import load_video_decoder, load_video_encoder
+from aiprod_core.loader.networks import load_upsampler, load_video_decoder, load_video_encoder
 from aiprod_core.model.upsampler import LatentUpsampler, UpsamplerConfig, upsample_latent
 from aiprod_core.model.video_vae import VideoDecoder, VideoEncoder
 from aiprod_trainer.config import Section, run_script
@@ -29,6 +29,8 @@ from aiprod_trainer.world.scene import sample_scene
 class UpsamplerTrainingConfig(Section):
     upsampler: dict[str, Any]  # the file's flat config, published keys
     codecs: Path  # checkpoint with the video VAE
+    start: Path | None = None  # an upsampler's file of the same shape that is trained on
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the encoder's convolutions
     world: str = "v1"
     size: int = 64  # pixels of the smaller clip
     num_frames: int = 25  # of the longer clip
@@ -56,9 +58,13 @@ def train(config: UpsamplerTrainingConfig, folder: Path) -> LatentUpsampler:
     encoder = load_video_encoder(codecs, dtype=torch.float32)
     decoder = load_video_decoder(codecs, dtype=torch.float32)
     upsampler = LatentUpsampler(UpsamplerConfig.from_metadata(config.upsampler))
-    for block in upsampler.modules():  # residual blocks start as the identity
-        if hasattr(block, "norm2"):
-            nn.init.zeros_(block.norm2.weight)  # type: ignore[arg-type]
+    if config.start is not None:
+        started = load_upsampler(open_checkpoint(config.start), dtype=torch.float32)
+        upsampler.load_state_dict(started.state_dict())
+    else:
+        for block in upsampler.modules():  # residual blocks start as the identity
+            if hasattr(block, "norm2"):
+                nn.init.zeros_(block.norm2.weight)  # type: ignore[arg-type]
     average = averaged_copy(upsampler)
     optimizers = muon_and_adamw(upsampler, muon_lr=config.muon_lr, adamw_lr=config.adamw_lr)
     run = Run(
@@ -77,8 +83,9 @@ def train(config: UpsamplerTrainingConfig, folder: Path) -> LatentUpsampler:
         set_learning_rate(
             optimizers.values(), warmup_then_linear_decay(step, config.steps, config.warmup_steps)
         )
-        with torch.no_grad():
-            source, target = encoder(small), encoder(large)
+        is_half = config.precision == "bfloat16"
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            source, target = encoder(small).float(), encoder(large).float()
         made = upsample_latent(upsampler, source, encoder.per_channel_statistics)
         loss = F.mse_loss(made, target)
         for optimizer in optimizers.values():

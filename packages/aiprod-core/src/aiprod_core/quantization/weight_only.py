@@ -59,7 +59,9 @@ class Int8Linear(QuantizedLinear):
     def set_dense_weight(self, weight: Tensor, generator: torch.Generator | None = None) -> None:
         weight = weight.float()
         scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127
-        self.weight.data = rounded(weight / scale, generator).clamp(-127, 127).to(torch.int8)
+        # In place: a temporary of four bytes a weight, not four of them, while a model is loaded.
+        numbers = rounded_(weight / scale, generator).clamp_(-127, 127)
+        self.weight.data = numbers.to(torch.int8)
         self.weight_scale = scale
 
 
@@ -94,8 +96,8 @@ class Int4Linear(QuantizedLinear):
         groups = weight.float().unflatten(1, (-1, group_size(self.in_features)))  # (out, in/G, G)
         zero, top = groups.aminmax(dim=-1)
         scale = ((top - zero) / 15).clamp(min=1e-30)
-        numbers = rounded((groups - zero[..., None]) / scale[..., None], generator)
-        numbers = numbers.clamp(0, 15).to(torch.uint8).flatten(1)  # (out, in)
+        numbers = (groups - zero[..., None]).div_(scale[..., None])
+        numbers = rounded_(numbers, generator).clamp_(0, 15).to(torch.uint8).flatten(1)  # (out, in)
         self.weight.data = numbers[:, 0::2] | (numbers[:, 1::2] << 4)
         self.weight_scale, self.weight_zero = scale, zero
 
@@ -105,8 +107,8 @@ def group_size(in_features: int) -> int:
     return math.gcd(in_features, 64)
 
 
-def rounded(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """To the nearest whole number, or up or down with the odds that keep the average."""
+def rounded_(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """In place to the nearest whole number, or up or down with the odds that keep the average."""
     if generator is None:
-        return x.round()
-    return torch.floor(x + torch.rand(x.shape, generator=generator, device=x.device))
+        return x.round_()
+    return x.add_(torch.rand(x.shape, generator=generator, device=x.device)).floor_()
