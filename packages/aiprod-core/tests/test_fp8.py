@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from aiprod_core.errors import CheckpointError
 from aiprod_core.loader import key_maps
 from aiprod_core.loader.checkpoint import open_checkpoint, save_checkpoint
+from aiprod_core.loader.lora import fuse, open_lora, put_fused
 from aiprod_core.loader.networks import load_transformer
 from aiprod_core.model.transformer import Transformer, TransformerConfig
 from aiprod_core.quantization.fp8 import (
@@ -140,6 +141,30 @@ def test_a_file_with_input_scales_multiplies_in_fp8(
     inputs = modalities(config)
     for got, exact in zip(loaded(*inputs), transformer(*inputs), strict=True):
         assert (got - exact).norm() / exact.norm() < 0.3
+
+
+def test_a_lora_that_was_added_to_such_a_file_is_put_into_one_whose_weights_were_left(
+    tiny_config: TransformerConfig, randomised: Build, tmp_path: Path
+):
+    path = tmp_path / "scaled.safetensors"
+    save_quantised(path, randomised(replace(tiny_config, num_layers=1)), input_scale=0.02)
+    layer = "transformer_blocks.0.attn1.to_q"
+    added = load_transformer(open_checkpoint(path), dtype=torch.float32)
+    rows, columns = added.get_submodule(layer).weight.shape
+    lora = {f"{layer}.lora_A.weight": torch.randn(2, columns)}
+    lora[f"{layer}.lora_B.weight"] = torch.randn(rows, 2)
+    save_file(lora, tmp_path / "lora.safetensors")
+    fusion = fuse(added, [(open_lora(tmp_path / "lora.safetensors"), 0.5)])
+    save_file(fusion.fused(), tmp_path / "fused.safetensors")
+    fused = load_file(tmp_path / "fused.safetensors")
+    assert f"{layer}.input_scale" in fused
+    put = load_transformer(open_checkpoint(path), dtype=torch.float32, left=fused)
+    assert put.get_submodule(layer).weight.is_meta
+    put_fused(put, fused, keep_originals_on="meta")
+    for (name, one), other in zip(
+        put.state_dict().items(), added.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one.float(), other.float()), name
 
 
 def test_inputs_beyond_the_range_are_clamped_not_lost():

@@ -2,13 +2,21 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from aiprod_core.errors import InputError
-from aiprod_pipelines.cache import Cache, open_cache, parse_size
+from aiprod_core.loader.lora import open_lora
+from aiprod_core.quantization.schemes import SCHEMES
+from aiprod_pipelines import components
+from aiprod_pipelines.cache import Cache, keep_compiled_code, open_cache, parse_size
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.ti2vid_one_stage import TI2VidOneStagePipeline
 
@@ -40,6 +48,54 @@ def test_what_was_used_longest_ago_goes_first_when_the_folder_is_full(tmp_path: 
     assert cache.get(identity("b")) is None
     assert all(cache.get(identity(name)) is not None for name in "acd")
     assert cache.info()["bytes"] <= cache.max_bytes
+
+
+def test_weights_and_code_leave_half_of_the_folder_to_prompts(tmp_path: Path):
+    cache = Cache(tmp_path, max_bytes=8000)
+    cache.put(identity("a"), {"x": torch.zeros(250)})
+    os.utime(cache.entries()[0], (1000, 1000))
+    for strength in (0.1, 0.2, 0.3):
+        cache.put({"kind": "merged", "strength": strength}, {"x": torch.zeros(900)})
+    assert cache.info()["kinds"]["merged"]["entries"] == 1
+    assert cache.get(identity("a")) is not None
+
+
+def test_what_would_be_the_first_to_go_again_is_not_written(tmp_path: Path):
+    cache = Cache(tmp_path, max_bytes=8000)
+    cache.put(identity("a"), {"x": torch.zeros(250)})
+    cache.put({"kind": "merged"}, {"x": torch.zeros(1001)})
+    cache.put(identity("b"), {"x": torch.zeros(2001)})
+    assert [path.parent.name for path in cache.entries()] == ["prompts"]
+
+
+def test_a_folder_of_code_is_an_entry_that_is_bounded_and_cleared(tmp_path: Path):
+    cache = Cache(tmp_path, max_bytes=4000)
+    folders = []
+    for age, name in enumerate("abc"):
+        folder = cache.code_folder({"kind": "compiled", "config": name})
+        assert folder is not None
+        (folder / "deep").mkdir()
+        (folder / "deep" / "code.so").write_bytes(bytes(900))
+        os.utime(folder, (1000 + age, 1000 + age))
+        folders.append(folder)
+    assert cache.info()["kinds"]["compiled"] == {"entries": 3, "bytes": 2700}
+    again = cache.code_folder({"kind": "compiled", "config": "a"})
+    assert again == folders[0] and (again / "deep" / "code.so").exists()  # used: the newest
+    assert not folders[1].exists() and folders[2].exists()
+    assert cache.clear() == 2
+    assert not folders[0].exists()
+
+
+def test_what_a_killed_process_was_writing_does_not_stay(tmp_path: Path):
+    cache = Cache(tmp_path)
+    for name, age in (("killed", 7200), ("at work", 60)):
+        (tmp_path / f".new-{name}").mkdir()
+        (tmp_path / f".new-{name}" / "half.safetensors").write_bytes(bytes(100))
+        then = time.time() - age
+        os.utime(tmp_path / f".new-{name}", (then, then))
+    cache.put(identity("a"), {"x": torch.zeros(1)})
+    assert [path.name for path in tmp_path.glob(".new-*")] == [".new-at work"]
+    assert cache.info()["kinds"].keys() == {"prompts"}
 
 
 def test_half_an_entry_is_no_entry(tmp_path: Path):
@@ -133,6 +189,117 @@ def test_another_precision_is_another_entry(tiny_model: Path):
     models = ModelSet.open(tiny_model)
     models.keep(identity("a"), {"x": torch.zeros(1)}, "text_encoder")
     assert ModelSet.open(tiny_model, dtype="bfloat16").recall(identity("a"), "text_encoder") is None
+
+
+@pytest.fixture
+def remembers_small_merges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(components, "MIN_MERGED_WEIGHTS", 1)
+
+
+def refuse_to_fuse(*args: object, **kwargs: object) -> None:
+    raise AssertionError("adapters were added up that are known")
+
+
+@pytest.mark.parametrize("quantization", [None, *SCHEMES])
+@pytest.mark.parametrize("keeps_loaded", [True, False])
+@pytest.mark.usefixtures("remembers_small_merges")
+def test_merged_adapters_come_back_bit_for_bit_and_the_base_after_them(
+    tiny_family: Path,
+    quantization: str | None,
+    keeps_loaded: bool,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    model = tiny_family / "tiny-dev.safetensors"
+    lora = open_lora(tiny_family / "tiny-distilled-lora-2.safetensors")
+
+    def weights(loras: list, models: ModelSet) -> dict[str, torch.Tensor]:
+        with models.transformer(loras) as network:
+            return {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+    def opened() -> ModelSet:
+        return replace(ModelSet.open(model, quantization=quantization), keeps_loaded=keeps_loaded)
+
+    def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            assert tensor.dtype == other[name].dtype
+            same = torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (tensor, other[name])))
+            assert same, name
+
+    base = weights([], opened())
+    plain = weights([(lora, 0.7)], replace(opened(), cache=None))
+    changed = "transformer_blocks.0.attn1.to_q.weight"
+    assert not torch.equal(plain[changed].float(), base[changed].float())
+    assert_equal(weights([(lora, 0.7)], opened()), plain)
+    monkeypatch.setattr(components, "fuse", refuse_to_fuse)
+    known = opened()
+    assert_equal(weights([(lora, 0.7)], known), plain)
+    with pytest.raises(AssertionError, match="that are known"):
+        weights([(lora, 0.6)], known)
+    monkeypatch.undo()
+    assert_equal(weights([], known), base)
+
+
+@pytest.mark.usefixtures("remembers_small_merges")
+def test_a_clip_is_the_same_with_remembered_adapters(
+    tiny_family: Path, monkeypatch: pytest.MonkeyPatch
+):
+    adapter = tiny_family / "tiny-lora-camera-control-jib-up.safetensors"
+
+    def run() -> str:
+        pipeline = TI2VidOneStagePipeline.from_model(tiny_family / "tiny-dev.safetensors")
+        clip = pipeline(PROMPT, num_inference_steps=2, loras=[[str(adapter), 0.5]])
+        return clip.recipe["latents_sha256"]
+
+    cold = run()
+    with monkeypatch.context() as changes:
+        changes.setattr(components, "fuse", refuse_to_fuse)
+        assert run() == cold
+    monkeypatch.setenv("AIPROD_CACHE_DIR", "off")
+    assert run() == cold
+
+
+def test_small_adapters_are_added_up_each_time(tiny_family: Path):
+    models = ModelSet.open(tiny_family / "tiny-dev.safetensors")
+    lora = open_lora(tiny_family / "tiny-distilled-lora-2.safetensors")
+    with models.transformer([(lora, 1.0)]):
+        pass
+    assert models.cache is not None
+    assert models.cache.entries() == []
+
+
+COMPILING = """
+import torch
+from torch._dynamo.utils import counters
+from aiprod_pipelines.cache import keep_compiled_code
+
+folder = keep_compiled_code("a network")
+value = torch.compile(lambda x: x.sin() * 2)(torch.ones(8))
+assert torch.allclose(value, torch.ones(8).sin() * 2)
+print(folder, counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_second_process_finds_what_the_first_has_compiled(own_cache: Path):
+    environment = {k: v for k, v in os.environ.items() if k != "TORCHINDUCTOR_CACHE_DIR"}
+
+    def compile_in_a_process() -> list[str]:
+        command = [sys.executable, "-c", COMPILING]
+        return subprocess.check_output(command, env=environment, text=True).split()
+
+    folder, hits = compile_in_a_process()
+    assert Path(folder).parent == own_cache / "compiled" and hits == "0"
+    libraries = set(Path(folder).rglob("*.so"))
+    assert libraries
+    assert compile_in_a_process() == [folder, "1"]
+    assert set(Path(folder).rglob("*.so")) == libraries
+
+
+def test_a_folder_that_the_user_chose_for_code_stays(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    assert keep_compiled_code("a network") is None
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/elsewhere"
 
 
 def test_the_command_tells_and_clears(capsys: pytest.CaptureFixture[str]):

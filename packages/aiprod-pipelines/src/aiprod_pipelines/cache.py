@@ -1,4 +1,6 @@
-"""What was computed before and comes out the same again: embedded prompts, encoded images.
+"""What was computed before and comes out the same again, kept between runs.
+
+Embedded prompts, encoded images, weights with adapters in them, and compiled code.
 
 Entries are named by what decides them (a hash over the contents of the files that compute them, the
 input, the precision, the kind of device), so nothing is ever out of date; an entry that a changed
@@ -7,6 +9,9 @@ directory, written under a temporary name and renamed: a crash leaves no half of
 share the folder without locks. The folder is kept below a size by dropping what was used longest
 ago. A prompt's text is in no file, only in the hash that names it.
 
+Weights and code are large and soon made again, so they get no more than half of the folder: the
+other half stays for prompts and images. Code is a folder an entry, which PyTorch's compiler fills.
+
     AIPROD_CACHE_DIR    where; default: the user's cache directory. "off" keeps nothing.
     AIPROD_CACHE_SIZE   bytes, or with GiB or MiB behind; default 2GiB.
 """
@@ -14,22 +19,31 @@ ago. A prompt's text is in no file, only in the hash that names it.
 import contextlib
 import hashlib
 import json
+import logging
 import os
+import platform
 import re
+import shutil
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import platformdirs
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from aiprod_core.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_SIZE = 2 * 2**30
+LARGE_KINDS = ("merged", "compiled")
+ABANDONED_S = 3600  # a temporary folder so old is of a process that was killed
 UNITS = {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -54,8 +68,13 @@ class Cache:
             return None
 
     def put(self, identity: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Keeps an entry if the folder can be written; a full disk stops no clip."""
+        """Keeps an entry if there is room and the folder can be written; a full disk stops no clip.
+
+        There is no room for one that would be the first to go again.
+        """
         path = self._path(identity)
+        if sum(tensor.nbytes for tensor in tensors.values()) > self.room(identity["kind"]):
+            return
         with contextlib.suppress(OSError, SafetensorError):
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=self.folder, prefix=".new-") as folder:
@@ -64,8 +83,29 @@ class Cache:
                 temporary.replace(path)
             self._shrink()
 
+    def room(self, kind: str) -> int:
+        """Bytes that entries of this kind can take at most."""
+        return self.max_bytes // 2 if kind in LARGE_KINDS else self.max_bytes
+
+    def code_folder(self, identity: Mapping[str, Any]) -> Path | None:
+        """Where a compiler keeps what it makes of `identity`; None where it cannot be written.
+
+        Others' entries make room now, and this one when the next is asked for.
+        """
+        path = self._path(identity).with_suffix("").absolute()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            os.utime(path)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+        except OSError:
+            return None
+        self._shrink()
+        path.mkdir(exist_ok=True)  # it may have been too large itself
+        return path
+
     def entries(self) -> list[Path]:
-        """The entries' files, the one used longest ago first."""
+        """The entries' files and folders, the one used longest ago first."""
         return [path for _, _, path in self._by_age()]
 
     def info(self) -> dict[str, Any]:
@@ -87,7 +127,7 @@ class Cache:
         """Removes every entry and returns how many there were."""
         paths = self.entries()
         for path in paths:
-            path.unlink(missing_ok=True)
+            _remove(path)
         return len(paths)
 
     def _path(self, identity: Mapping[str, Any]) -> Path:
@@ -97,19 +137,31 @@ class Cache:
 
     def _by_age(self) -> list[tuple[float, int, Path]]:
         found = []
-        for path in self.folder.glob("*/*.safetensors"):
+        # Not ".new-*": what others are writing.
+        files = self.folder.glob("[!.]*/*.safetensors")
+        for path in [*files, *self.folder.glob("compiled/*/")]:
             with contextlib.suppress(FileNotFoundError):  # another process dropped it
-                status = path.stat()
-                found.append((status.st_mtime, status.st_size, path))
+                parts = path.rglob("*") if path.is_dir() else [path]
+                size = sum(part.stat().st_size for part in parts if part.is_file())
+                found.append((path.stat().st_mtime, size, path))
         return sorted(found)
 
     def _shrink(self) -> None:
-        entries = self._by_age()
+        self._drop_oldest(self.max_bytes // 2, LARGE_KINDS)
+        self._drop_oldest(self.max_bytes)
+        for folder in self.folder.glob(".new-*"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - folder.stat().st_mtime > ABANDONED_S:
+                    _remove(folder)
+
+    def _drop_oldest(self, limit: int, kinds: Collection[str] | None = None) -> None:
+        """Until the entries, or those of some kinds, take no more than `limit` bytes."""
+        entries = [e for e in self._by_age() if kinds is None or e[2].parent.name in kinds]
         total = sum(size for _, size, _ in entries)
         for _, size, path in entries:
-            if total <= self.max_bytes:
+            if total <= limit:
                 return
-            path.unlink(missing_ok=True)
+            _remove(path)
             total -= size
 
 
@@ -120,6 +172,63 @@ def open_cache() -> Cache | None:
         return None
     folder = Path(place) if place else platformdirs.user_cache_path("aiprod")
     return Cache(folder, parse_size(os.environ.get("AIPROD_CACHE_SIZE", "2GiB")))
+
+
+def keep_compiled_code(config: Any) -> Path | None:
+    """Has torch.compile find, from now on in this process, what an earlier process compiled.
+
+    `config` is that of the network. Returns the folder in which PyTorch keeps code, kernels and
+    graphs, under its own hashes of what they were made from; None where the cache is off, cannot be
+    written, or TORCHINDUCTOR_CACHE_DIR names a folder already. PyTorch's portable artefacts
+    (`torch.compiler.save_cache_artifacts`) would be one file, but lack a CPU's machine code, which
+    is most of the work.
+    """
+    cache = open_cache()
+    if cache is None or not _is_ours_to_choose(os.environ.get("TORCHINDUCTOR_CACHE_DIR"), cache):
+        return None
+    is_cuda = torch.cuda.is_available()
+    identity = {
+        "kind": "compiled",
+        "config": repr(config),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "processor": _processor(),
+        "device": torch.cuda.get_device_name() if is_cuda else "cpu",
+    }
+    folder = cache.code_folder(identity)
+    if folder is not None:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+        found = "found" if any(folder.iterdir()) else "will be kept"
+        logger.info("compiled code %s in %s", found, folder)
+    return folder
+
+
+def _is_ours_to_choose(chosen: str | None, cache: Cache) -> bool:
+    """Whether the folder for compiled code is not the user's choice.
+
+    PyTorch writes its own default into the environment as soon as its compiler is imported.
+    """
+    if not chosen:
+        return True
+    folder = Path(chosen)
+    default = Path(tempfile.gettempdir()) / "torchinductor_"
+    is_default = folder.parent == default.parent and folder.name.startswith(default.name)
+    return is_default or folder.is_relative_to(cache.folder.absolute())
+
+
+def _processor() -> str:
+    """What tells processors apart that run different machine code."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = ("model name", "flags", "Features", "CPU part")
+        return "; ".join(sorted({line for line in lines if line.startswith(names)}))
+    return f"{platform.machine()} {platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def parse_size(text: str) -> int:

@@ -23,7 +23,10 @@ models_app = typer.Typer(help="What models are here, and what is in them.", no_a
 app.add_typer(models_app, name="models")
 pipelines_app = typer.Typer(help="The ways to make a clip.", no_args_is_help=True)
 app.add_typer(pipelines_app, name="pipelines")
-cache_app = typer.Typer(help="What is kept between runs.", no_args_is_help=True)
+cache_app = typer.Typer(
+    help="What is kept between runs: prompts, images, merged adapters, compiled code.",
+    no_args_is_help=True,
+)
 app.add_typer(cache_app, name="cache")
 presets_app = typer.Typer(help="Settings under one name.", no_args_is_help=True)
 app.add_typer(presets_app, name="presets")
@@ -232,7 +235,7 @@ def _identity(file: dict[str, Any]) -> str:
 @cache_app.command("info")
 @explains_errors
 def cache_info(as_json: JsonFlag = False) -> None:
-    """Show where embedded prompts and encoded images are kept, and how much they take."""
+    """Show where prompts, images, merged adapters and compiled code are kept, and their size."""
     from aiprod_pipelines.cache import open_cache
 
     cache = open_cache()

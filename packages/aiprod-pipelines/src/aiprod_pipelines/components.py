@@ -4,6 +4,7 @@ Opening reads headers only (`model_files`); what cannot work is refused there, b
 """
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from aiprod_core.kernels import onednn
 from aiprod_core.kernels.apply import enable_kernels
 from aiprod_core.loader import networks
 from aiprod_core.loader.checkpoint import Checkpoint, open_checkpoint
-from aiprod_core.loader.lora import Lora, fuse
+from aiprod_core.loader.lora import Lora, fuse, put_fused
 from aiprod_core.loader.offload import BlockStream, stream_from_file, stream_from_memory
 from aiprod_core.model.audio_vae import AudioDecoder, AudioEncoder, AudioVAEConfig
 from aiprod_core.model.reward import RewardModel
@@ -46,6 +47,9 @@ DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": 
 
 # Models up to this size stay in memory between stages and calls; larger ones are freed.
 KEEP_LOADED_BYTES = 2 * 2**30
+
+# Fewer weights than this are changed by adapters in 0.2 s, and not remembered.
+MIN_MERGED_WEIGHTS = 30_000_000
 
 # Where the networks are while they do not work.
 OFFLOADS = {
@@ -207,14 +211,46 @@ class ModelSet:
     def _identity(self, identity: Mapping[str, Any]) -> dict[str, Any]:
         """With all that decides the last bits: the files' contents, the machine, the versions."""
         encoder = recipe.text_encoder_identity(self.text_encoder_source)
-        files = [recipe.file_identity(path) for path in self.checkpoint.paths]
         return {
             **identity,
-            "model": [recipe.contents_of(file) for file in files],
             "text_encoder": [recipe.contents_of(file) for file in encoder["files"]]
             or encoder["source"],
+            **self._computed_by(),
+        }
+
+    def _computed_by(self) -> dict[str, Any]:
+        files = [recipe.file_identity(path) for path in self.checkpoint.paths]
+        return {
+            "model": [recipe.contents_of(file) for file in files],
             **recipe.circumstances(self.device, self.dtype),
             "versions": recipe.versions(),
+        }
+
+    def _merged_identity(
+        self, name: str, loras: Sequence[tuple[Lora, float]]
+    ) -> dict[str, Any] | None:
+        """Of the network's weights with adapters in them; None where they are not remembered.
+
+        Those that are added up on a GPU are not: there the sum is quick, and far from the file.
+        """
+        active = [(lora, strength) for lora, strength in loras if strength != 0]
+        sizes = [
+            sum(math.prod(c.shape(lora.checkpoint.tensors)) for c in lora.layers.values())
+            for lora, _ in active
+        ]
+        is_on_cpu = self.device.type == "cpu" or self.offload == "block"
+        is_worth_it = max(sizes, default=0) >= MIN_MERGED_WEIGHTS
+        if self.cache is None or name in self._given or not is_on_cpu or not is_worth_it:
+            return None
+        return {
+            "kind": "merged",
+            "network": name,
+            "quantization": self.quantization,
+            "adapters": [
+                [*map(recipe.input_sha256, lora.checkpoint.paths), strength]
+                for lora, strength in active
+            ],
+            **self._computed_by(),
         }
 
     # Lending. Each is a context: the network is freed at its end unless the model is small.
@@ -233,7 +269,18 @@ class ModelSet:
     def transformer(
         self, loras: Sequence[tuple[Lora, float]] = (), *, audio_only: bool = False
     ) -> Iterator[Transformer]:
-        """With LoRAs in its weights for the length of the loan; or its audio half alone."""
+        """With LoRAs in its weights for the length of the loan; or its audio half alone.
+
+        What large adapters make of the weights is remembered between runs.
+        """
+        name = "audio transformer" if audio_only else "transformer"
+        self.check_adapters(loras)
+        identity = self._merged_identity(name, loras)
+        merged = self.cache.get(identity) if self.cache and identity else None
+        # A network that is freed afterwards needs no way back: "meta" keeps no copy.
+        kept_on = None if self._keeps(name) else "meta"
+        # Quantising placeholders takes PyTorch longer than quantising weights.
+        needs_base = kept_on is None or self.quantization is not None
         load = partial(
             networks.load_transformer,
             self.checkpoint,
@@ -243,13 +290,15 @@ class ModelSet:
             audio_only=audio_only,
             quantization=self.quantization,
             leaves_blocks=self.offload == "disk",
+            left=() if needs_base or merged is None else merged,
         )
-        name = "audio transformer" if audio_only else "transformer"
-        self.check_adapters(loras)
         with self._lend(name, load) as net:
-            # A network that is freed afterwards needs no way back: "meta" keeps no copy.
-            kept_on = None if self._keeps(name) else "meta"
-            fusion = fuse(net, loras, allow_unmatched=audio_only, keep_originals_on=kept_on)
+            if merged is not None:
+                fusion = put_fused(net, merged, keep_originals_on=kept_on)
+            else:
+                fusion = fuse(net, loras, allow_unmatched=audio_only, keep_originals_on=kept_on)
+                if self.cache and identity:
+                    self.cache.put(identity, fusion.fused())
             if name not in self._given and self.offload == "block":
                 self._stream = stream_from_memory(net, self.device)
             elif name not in self._given and self.offload == "disk":

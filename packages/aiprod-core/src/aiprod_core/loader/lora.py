@@ -4,7 +4,7 @@ Fusing adds `strength * B A` to the weights, so that inference costs nothing ext
 of different tools look like is in lora_formats.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aiprod_core.errors import CheckpointError, InputError
-from aiprod_core.loader.checkpoint import Checkpoint, open_checkpoint
+from aiprod_core.loader.checkpoint import Checkpoint, assign, open_checkpoint
 from aiprod_core.loader.lora_formats import Change, aliases, read_changes
 from aiprod_core.quantization.weight_only import QuantizedLinear
 
@@ -88,6 +88,14 @@ class Fusion:
     module: nn.Module
     originals: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
+    def fused(self) -> dict[str, Tensor]:
+        """What stands in place of the originals, by its name in the module; for `put_fused`."""
+        found: dict[str, Tensor] = {}
+        for layer_name, kept in self.originals.items():
+            layer = self.module.get_submodule(layer_name)
+            found |= {f"{layer_name}.{leaf}": getattr(layer, leaf).data for leaf in kept}
+        return found
+
     @torch.no_grad()
     def unfuse(self) -> None:
         """Puts the base weights back, bit for bit."""
@@ -156,6 +164,31 @@ def fuse(
             linear.set_dense_weight(dense, generator)
         else:
             linear.weight.data = dense.to(linear.weight.dtype)
+    return fusion
+
+
+@torch.no_grad()
+def put_fused(
+    module: nn.Module,
+    tensors: Mapping[str, Tensor],
+    *,
+    keep_originals_on: torch.device | str | None = None,
+) -> Fusion:
+    """Puts in place what `fuse` made earlier of an equal module and the same adapters.
+
+    The tensors are copied to where the module is; where its own weights were left on the meta
+    device (`load_transformer(left=...)`), they stay where they are.
+    """
+    fusion = Fusion(module)
+    for name, tensor in tensors.items():
+        layer_name, _, leaf = name.rpartition(".")
+        original = getattr(module.get_submodule(layer_name), leaf).data
+        fusion.originals.setdefault(layer_name, {})[leaf] = (
+            original if keep_originals_on is None else original.to(keep_originals_on)
+        )
+        # A copy: what is mapped from a file starts anywhere, and products may round by where.
+        is_left = original.device.type == "meta"
+        assign(module, name, tensor.to(tensor.device if is_left else original.device, copy=True))
     return fusion
 
 

@@ -6,7 +6,7 @@ the file's own precision.
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -55,13 +55,15 @@ def load_transformer(
     video_only: bool = False,
     quantization: str | None = None,
     leaves_blocks: bool = False,
+    left: Container[str] = (),
 ) -> Transformer:
     """The transformer without its text connectors, or one half of a joint one.
 
     Weights that the file holds in fp8 stay so, in layers of `quantization.fp8`. `quantization`
     names one of `quantization.schemes`, applied weight by weight as they are read. With
     `leaves_blocks` the blocks' weights stay in the file, on the meta device, for
-    `offload.stream_from_file`. Raises InputError for a file that cannot be had in that way.
+    `offload.stream_from_file`; weights whose names are in `left` are left there too, for
+    `lora.put_fused`. Raises InputError for a file that cannot be had in that way.
     """
     if quantization is not None and checkpoint.is_fp8:
         kept = "fp8-scaled-mm" if _has_input_scales(checkpoint) else "fp8"
@@ -95,7 +97,9 @@ def load_transformer(
             and (not audio_only or any(part in name for part in AUDIO_PARTS))
             and (not video_only or not any(part in name for part in SOUND_PARTS))
         ),
-        is_left=lambda name: leaves_blocks and name.startswith("transformer_blocks."),
+        is_left=lambda name: (
+            name in left or (leaves_blocks and name.startswith("transformer_blocks."))
+        ),
         store=None if quantization is None else storing(quantization),
     )
     if checkpoint.is_fp8:
