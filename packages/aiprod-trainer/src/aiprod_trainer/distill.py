@@ -45,6 +45,7 @@ from aiprod_core.loader.networks import load_text_projector, load_transformer
 from aiprod_core.model.text_connector import TextProjector
 from aiprod_core.types import AV, AudioLatentShape, LatentState, Modality, VideoLatentShape
 from aiprod_pipelines import encoding, stages
+from aiprod_pipelines.cache import keep_compiled_code
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import GenerationRequest
@@ -490,6 +491,7 @@ def build_networks(config: DistillConfig, models: ModelSet) -> Networks:
     average = averaged_copy(student)
     networks = {"teacher": teacher, "student": student, "fake": fake, "average": average}
     if config.compile:
+        keep_compiled_code(teacher.config)
         for network in networks.values():
             for block in network.transformer_blocks:  # pyright: ignore[reportGeneralTypeIssues]
                 block.compile()

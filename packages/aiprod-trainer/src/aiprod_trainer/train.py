@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from aiprod_core.errors import InputError
+from aiprod_core.kernels.apply import compile_blocks
 from aiprod_core.loader.checkpoint import Checkpoint, open_checkpoint
 from aiprod_core.loader.networks import load_text_encoder, load_text_projector, load_transformer
 from aiprod_core.model.audio_vae import AudioVAEConfig
@@ -36,6 +37,7 @@ from aiprod_core.model.text_connector import TextProjector
 from aiprod_core.model.transformer import Transformer
 from aiprod_core.model.video_vae import VideoVAEConfig
 from aiprod_core.types import ScaleFactors
+from aiprod_pipelines.cache import keep_compiled_code
 from aiprod_pipelines.model_files import resolve_model
 from aiprod_trainer import adapters, checkpoints, fitting
 from aiprod_trainer.data import Batch, LatentDataset
@@ -358,8 +360,8 @@ def build_transformer(
     if config.optimization.enable_gradient_checkpointing:
         fitting.recompute_activations(blocks)
     if acceleration.compile:
-        for block in blocks:
-            block.compile()
+        keep_compiled_code(transformer.config)
+        compile_blocks(transformer)
     return transformer
 
 

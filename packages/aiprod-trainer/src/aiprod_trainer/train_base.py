@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from aiprod_core.components.patchifiers import AudioGrid, VideoGrid
+from aiprod_core.kernels.apply import compile_blocks
 from aiprod_core.loader.checkpoint import open_checkpoint
 from aiprod_core.loader.networks import (
     load_text_encoder,
@@ -28,6 +29,7 @@ from aiprod_core.model.text_connector import TextConfig, TextProjector
 from aiprod_core.model.transformer import Transformer, TransformerConfig, init_weights
 from aiprod_core.model.video_vae import VideoVAEConfig
 from aiprod_core.types import AudioLatentShape, ScaleFactors, VideoLatentShape
+from aiprod_pipelines.cache import keep_compiled_code
 from aiprod_trainer.config import Section, run_script
 from aiprod_trainer.data import Batch, LatentDataset
 from aiprod_trainer.distributed import average_gradients, join
@@ -114,8 +116,8 @@ def train(config: BaseTrainingConfig, folder: Path) -> TextToClip:
         rank=rank,
     )
     if config.compile:
-        for block in model.transformer.transformer_blocks:
-            block.compile()
+        keep_compiled_code(model.transformer.config)
+        compile_blocks(model.transformer)
     local_batch = config.batch_size // world_size
     started = time.monotonic()
     for step in run.steps():
