@@ -126,6 +126,17 @@ def test_rates_are_learnt_from_runs_and_survive_the_process(pipeline: TI2VidOneS
     assert seconds["decode video"] == pytest.approx(2.0)
 
 
+def test_times_lie_between_the_sizes_seen_and_follow_the_nearest_beyond_them():
+    rates = Rates(None, {})
+    for flops, seconds in ((1e9, 1.0), (1e9, 9.0), (1e9, 1.0), (1e11, 10.0)):
+        rates.add("denoise", flops, seconds)
+    assert rates.seconds("denoise", 1e9) == pytest.approx(1.0)
+    assert rates.seconds("denoise", 1e10) == pytest.approx(10**0.5)
+    assert rates.seconds("denoise", 1e12) == pytest.approx(100.0)
+    assert rates.seconds("denoise", 5e8) == pytest.approx(0.5)
+    assert rates.seconds("decode video", 0) is None
+
+
 def test_a_damaged_file_of_rates_counts_as_none(pipeline: TI2VidOneStagePipeline):
     learn(make_plan(pipeline, REQUEST), {"denoise": 5.0}, pipeline.models)
     path = Rates.open(pipeline.models).path

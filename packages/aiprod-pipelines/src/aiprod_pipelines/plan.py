@@ -6,8 +6,8 @@ operations and the memory of activations. Weights are counted from the header. T
 keeping weights that fits the free memory is taken: those that change nothing but speed come in
 order of speed, and weights are quantised only where that is asked for, for it changes the clip.
 
-Seconds come from rates. A rate is what this machine has shown in an earlier run of the same stage,
-the nearest in size; before there is one, half of what a matrix product runs at just now.
+Seconds come from earlier runs of the same stage on this machine, between the nearest in size;
+before there is one, from half of what a matrix product runs at just now.
 """
 
 import contextlib
@@ -398,15 +398,24 @@ class Rates:
             return cls(path, {})
 
     def seconds(self, stage: str, flops: float) -> float | None:
-        """By the nearest sizes that were seen of this stage; None where nothing says anything."""
+        """Between the nearest sizes seen of this stage, for a small clip is slower for its
+        work; beyond them at the nearest one's rate. None where nothing says anything."""
+        seen = self.seen.get(stage, [])
         if flops == 0:
-            known = [o.seconds for o in self.seen.get(stage, [])]
-            return statistics.median(known) if known else None
-        known = [o for o in self.seen.get(stage, []) if o.flops > 0]
-        if not known:
+            return statistics.median(o.seconds for o in seen) if seen else None
+        took: dict[float, list[float]] = {}
+        for o in seen:
+            if o.flops > 0:
+                took.setdefault(math.log(o.flops), []).append(math.log(max(o.seconds, 1e-6)))
+        if not took:
             return flops / (FIRST_RATE * self._matmul())
-        near = sorted(known, key=lambda o: abs(math.log(o.flops / flops)))[:3]
-        return flops * statistics.median(o.seconds / o.flops for o in near)
+        at = math.log(flops)
+        below = max((size for size in took if size <= at), default=min(took))
+        above = min((size for size in took if size >= at), default=max(took))
+        lower, upper = statistics.median(took[below]), statistics.median(took[above])
+        if below == above:
+            return math.exp(lower + at - below)
+        return math.exp(lower + (upper - lower) * (at - below) / (above - below))
 
     def add(self, stage: str, flops: float, seconds: float) -> None:
         self.seen[stage] = [*self.seen.get(stage, []), Observation(flops, seconds)][-RATES_KEPT:]
