@@ -28,10 +28,11 @@ nano-codecs: $(VENV)/run.stamp ## train nano: its video codec on, at 64 and 128 
 
 nano-transformer: $(VENV)/run.stamp ## train nano: its transformer on, with many words for one thing
 	$(TRAINER).prepare_world --checkpoint runs/first/nano-dev.safetensors \
-		--text-encoder $(TEXT_ENCODER) --out runs/latents --clips 2560 --captions 4 --seed 11
+		--text-encoder $(TEXT_ENCODER) --out runs/latents --clips 4096 --captions 6 --seed 31
 	$(TRAINER).train_base configs/nano/transformer_more_words.yaml --out runs/transformer
 	$(TRAINER).export model --codecs runs/codecs.safetensors --transformer runs/transformer \
 		--generation configs/nano/generation.yaml --out runs/nano/nano-dev.safetensors
+	cp -r $(TEXT_ENCODER) runs/nano/
 
 nano-upscaler: $(VENV)/run.stamp ## train nano: its spatial upscaler
 	$(TRAINER).train_upsampler configs/nano/spatial_upscaler.yaml --out runs/spatial
