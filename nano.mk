@@ -3,9 +3,10 @@
 TRAINER := OMP_NUM_THREADS=1 $(BIN)/python -m aiprod_trainer
 TEXT_ENCODER := packages/aiprod-nano/src/aiprod_nano/text_encoder
 
-.PHONY: nano nano-first nano-codecs nano-transformer nano-upscaler nano-distilled nano-canny
+.PHONY: nano nano-first nano-codecs nano-transformer nano-upscaler nano-distilled nano-canny \
+	nano-tiny-decoder
 
-nano: nano-first nano-codecs nano-transformer nano-upscaler nano-distilled nano-canny ## train nano from nothing, all of it
+nano: nano-first nano-codecs nano-transformer nano-upscaler nano-distilled nano-canny nano-tiny-decoder ## train nano from nothing, all of it
 
 nano-first: $(VENV)/run.stamp ## train nano: codecs, vocoder and transformer from nothing, at 64 pixels
 	$(TRAINER).train_video_codec configs/nano/video_codec.yaml --out runs/first/video_codec
@@ -48,3 +49,7 @@ nano-canny: $(VENV)/run.stamp ## train nano: its IC-LoRA that follows edges
 		--text-encoder $(TEXT_ENCODER) --out runs/controls --clips 512 --captions 4 --references canny --seed 21
 	OMP_NUM_THREADS=1 $(BIN)/aiprod train configs/nano/ic_lora.yaml \
 		--set model.model_path=runs/nano/nano-dev.safetensors
+
+nano-tiny-decoder: $(VENV)/run.stamp ## train nano: its decoder for previews
+	$(TRAINER).train_tiny_decoder configs/nano/tiny_decoder.yaml --out runs/tiny_decoder
+	cp runs/tiny_decoder/nano-tiny-decoder.safetensors runs/nano/
