@@ -8,8 +8,8 @@ before and after by the nearest of all eleven colours, prompts of the ordinary w
 attribute that they state; prompts, seeds and noise are the same before and after.
 
 A transformer's LoRA can teach no more than the video codec shows: `target_accuracy_codec` is the
-share of true brown clips that are seen as brown after the codec. (Of magenta ones, which lie
-outside the ten colours that the codec was trained on, one in 16.)
+share of true brown clips that are seen as brown after the codec. (A colour that the codec loses
+cannot be taught: docs/log.md, nano's third training.)
 
 `target_accuracy_before` and `_after` are shares in [0, 1], `other_change_points` is the change of
 the ordinary attributes' mean accuracy in percentage points, `minutes` the training's time.

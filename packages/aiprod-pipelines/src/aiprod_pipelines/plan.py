@@ -54,7 +54,7 @@ FIRST_RATE = 0.5  # of a plain matrix product's rate, before anything was measur
 MODEL_CALLS = {"heun": 2, "res-2s": 2}  # per step; other samplers call once
 RATES_KEPT = 64  # observations a stage
 # What decoding holds on a CPU beside its tensors: kernels and tiles as Winograd's products take
-# them, and oneDNN's copies (benchmarks/plan.py on nano).
+# them, and oneDNN's copies. Fitted: by so much plans fell short (benchmarks/plan.py on nano).
 CPU_SCRATCH_BYTES = 48 * 2**20
 # x264 looks ahead: 3.5 pictures in 4:2:0 for each of 50 frames (256 MB for 49 of 1024 x 1024).
 ENCODER_FRAMES, ENCODER_PICTURES = 50, 3.5

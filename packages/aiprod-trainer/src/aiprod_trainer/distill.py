@@ -41,6 +41,7 @@ from aiprod_core.components.noisers import noisy_start
 from aiprod_core.components.patchifiers import AudioGrid, VideoGrid
 from aiprod_core.components.samplers import Blend, Denoise, euler, euler_step
 from aiprod_core.errors import InputError
+from aiprod_core.kernels.apply import compile_blocks
 from aiprod_core.loader.networks import load_text_projector, load_transformer
 from aiprod_core.model.text_connector import TextProjector
 from aiprod_core.types import AV, AudioLatentShape, LatentState, Modality, VideoLatentShape
@@ -493,8 +494,7 @@ def build_networks(config: DistillConfig, models: ModelSet) -> Networks:
     if config.compile:
         keep_compiled_code(teacher.config)
         for network in networks.values():
-            for block in network.transformer_blocks:  # pyright: ignore[reportGeneralTypeIssues]
-                block.compile()
+            compile_blocks(network)  # pyright: ignore[reportArgumentType]
 
     def changes() -> Changes:
         theirs = dict(teacher.named_parameters())

@@ -59,8 +59,8 @@ def train(config: UpsamplerTrainingConfig, folder: Path) -> LatentUpsampler:
     decoder = load_video_decoder(codecs, dtype=torch.float32)
     upsampler = LatentUpsampler(UpsamplerConfig.from_metadata(config.upsampler))
     if config.start is not None:
-        started = load_upsampler(open_checkpoint(config.start), dtype=torch.float32)
-        upsampler.load_state_dict(started.state_dict())
+        before = load_upsampler(open_checkpoint(config.start), dtype=torch.float32)
+        upsampler.load_state_dict(before.state_dict())
     else:
         for block in upsampler.modules():  # residual blocks start as the identity
             if hasattr(block, "norm2"):
@@ -76,6 +76,7 @@ def train(config: UpsamplerTrainingConfig, folder: Path) -> LatentUpsampler:
         save_every_s=config.save_every_s,
     )
     held_out = clips(config, np.random.default_rng([config.seed, 2**31]), 8, config.num_frames)
+    is_half = config.precision == "bfloat16"
     for step in run.steps():
         small, large = clips(
             config, run.numpy_generator(step), config.batch_size, config.crop_frames
@@ -83,7 +84,6 @@ def train(config: UpsamplerTrainingConfig, folder: Path) -> LatentUpsampler:
         set_learning_rate(
             optimizers.values(), warmup_then_linear_decay(step, config.steps, config.warmup_steps)
         )
-        is_half = config.precision == "bfloat16"
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_half):
             source, target = encoder(small).float(), encoder(large).float()
         made = upsample_latent(upsampler, source, encoder.per_channel_statistics)
