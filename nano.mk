@@ -27,10 +27,12 @@ nano-codecs: $(VENV)/run.stamp ## train nano: its video codec on, at 64 and 128 
 	$(TRAINER).export codecs --video runs/video_codec --sound-of runs/first/nano-dev.safetensors \
 		--out runs/codecs.safetensors
 
-nano-transformer: $(VENV)/run.stamp ## train nano: its transformer on, with many words for one thing
-	$(TRAINER).prepare_world --checkpoint runs/first/nano-dev.safetensors \
-		--text-encoder $(TEXT_ENCODER) --out runs/latents --clips 4096 --captions 6 --seed 31
-	$(TRAINER).train_base configs/nano/transformer_more_words.yaml --out runs/transformer
+nano-transformer: $(VENV)/run.stamp ## train nano: its transformer on, with many words, at two sizes
+	$(TRAINER).prepare_world --checkpoint runs/codecs.safetensors \
+		--text-encoder $(TEXT_ENCODER) --out runs/latents/64 --clips 4096 --captions 6 --seed 31
+	$(TRAINER).prepare_world --checkpoint runs/codecs.safetensors --size 128 \
+		--text-encoder $(TEXT_ENCODER) --out runs/latents/128 --clips 3072 --captions 4 --seed 51
+	$(TRAINER).train_base configs/nano/transformer_two_sizes.yaml --out runs/transformer
 	$(TRAINER).export model --codecs runs/codecs.safetensors --transformer runs/transformer \
 		--generation configs/nano/generation.yaml --out runs/nano/nano-dev.safetensors
 	cp -r $(TEXT_ENCODER) runs/nano/

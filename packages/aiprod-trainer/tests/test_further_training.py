@@ -1,5 +1,6 @@
 """Trainings that go on from a checkpoint begin where it stands."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -62,12 +63,20 @@ def test_kept_latents_stay_while_the_codec_learns_another_size(tiny_model: Path,
         )
         # The average lags behind in so few steps; it moves all the same.
         trained = train(config, tmp_path / f"run{keep_latents}")
-        pixels, _ = clips(config, 32, np.random.default_rng(5), 2, 9)
+        pixels, _ = clips("v1", 32, np.random.default_rng(5), 2, 9)
         start = load_video_encoder(open_checkpoint(tiny_model), dtype=torch.float32)
         with torch.no_grad():
             return float((trained.encoder(pixels) - start(pixels)).square().mean())
 
     assert drift(100.0) < 0.5 * drift(0.0)
+
+
+def test_a_further_world_is_learnt_in_turn_and_judged_apart(tiny_model: Path, tmp_path: Path):
+    config = config_of(tiny_model, steps=2, further_worlds=("v2",), eval_every=2)
+    train(config, tmp_path / "run")
+    last = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
+    assert {"psnr_v1_32", "psnr_v2_32"} <= last.keys()
+    assert last["psnr_v1_32"] != last["psnr_v2_32"]
 
 
 def test_codecs_that_went_on_keep_the_sound_and_the_statistics(tiny_model: Path, tmp_path: Path):

@@ -201,6 +201,17 @@ def test_batches_come_from_one_bucket_and_every_bucket_is_drawn(make_part, tmp_p
     assert seen == {(3, False), (5, False), (5, True)}
 
 
+def test_larger_clips_come_in_smaller_batches_of_as_many_tokens(make_part, tmp_path):
+    (tmp_path / "128").mkdir()
+    make_part(tmp_path / "part-00000.safetensors", clips=4)
+    make_part(tmp_path / "128" / "part-00000.safetensors", clips=4, size=6, seed=1)
+    data = LatentDataset(tmp_path, 16)
+    small, large = sorted(data.buckets, key=lambda bucket: bucket.num_tokens)
+    assert large.num_tokens == 4 * small.num_tokens
+    assert [data.as_many_tokens(bucket, 32) for bucket in (small, large)] == [32, 8]
+    assert data.as_many_tokens(large, 2) == 1  # never none
+
+
 def test_a_caption_cannot_be_dropped_without_features_of_the_empty_one(latents):
     data = LatentDataset(latents, 16)
     with pytest.raises(InputError, match="set caption_dropout to 0"):

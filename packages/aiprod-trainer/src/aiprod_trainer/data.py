@@ -1,7 +1,8 @@
 """Precomputed clips: latents and text features, drawn by functions of random generators.
 
 A data set is a folder of parts, read by `LatentDataset` and written by `prepare_world` (the
-procedural world) and `aiprod dataset` (footage). A part is `part-00000.safetensors`, ... with
+procedural world) and `aiprod dataset` (footage). A part, in the folder or in one within it, is
+`part-00000.safetensors`, ... with
 
     video                    (K, C, F, H, W)   normalised latents, as the encoder gives them
     audio                    (K, z, T, bins)   the same of the sound; absent: the clips are silent
@@ -30,6 +31,7 @@ Letters: B batch, K clips, C channels, F latent frames, H W latent height and wi
 T frames of a sound's latent, D width of the text encoder, L its hidden states, S padded tokens.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +74,15 @@ class Bucket:
     fps: float | None
     shapes: dict[str, tuple[int, ...]]  # of one clip's tensors, by name
 
+    @property
+    def num_tokens(self) -> int:
+        """Of one clip: those of its picture, or of sound alone."""
+        return (
+            math.prod(self.shapes["video"][1:])
+            if "video" in self.shapes
+            else self.shapes["audio"][1]
+        )
+
 
 class LatentDataset:
     """All parts of a folder, memory-mapped.
@@ -81,7 +92,7 @@ class LatentDataset:
     """
 
     def __init__(self, folder: Path, max_length: int, empty: dict[str, Tensor] | None = None):
-        files = sorted(folder.glob("part-*.safetensors"))
+        files = sorted(folder.rglob("part-*.safetensors"))
         if not files:
             raise InputError(
                 f"{folder}: no part-*.safetensors; make them with `aiprod dataset process-dataset`."
@@ -108,6 +119,11 @@ class LatentDataset:
             return self.buckets[0]
         sizes = np.array([len(bucket.clips) for bucket in self.buckets])
         return self.buckets[int(rng.choice(len(sizes), p=sizes / sizes.sum()))]
+
+    def as_many_tokens(self, bucket: Bucket, batch_size: int) -> int:
+        """How many clips of `bucket` are as much work as `batch_size` of the smallest bucket."""
+        smallest = min(b.num_tokens for b in self.buckets)
+        return max(1, batch_size * smallest // bucket.num_tokens)
 
     def draw(
         self, bucket: Bucket, rngs: Sequence[np.random.Generator], caption_dropout: float

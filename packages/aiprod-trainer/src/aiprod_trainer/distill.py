@@ -426,8 +426,9 @@ class TaskMaker:
         )
 
     def draw(self, rng: Any, count: int, *, first_frame: bool = True) -> Task:
-        """`count` clips of one bucket, or the one bucket's of all draws; rng is numpy's."""
+        """`count` clips of one bucket, fewer where they are larger; rng is numpy's."""
         bucket = self.data.draw_bucket(rng)
+        count = self.data.as_many_tokens(bucket, count)
         batch = self.data.draw(bucket, [rng] * count, caption_dropout=0.0)
         given = first_frame and rng.random() < self.config.first_frame_p
         return self.task_of(batch, given)

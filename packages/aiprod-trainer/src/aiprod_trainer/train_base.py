@@ -47,7 +47,7 @@ class BaseTrainingConfig(Section):
     latents: Path  # folder made by prepare_world
     held_out: Path | None = None  # another such folder, for the validation loss
     fps: float = 12.0
-    batch_size: int = 32  # over all processes
+    batch_size: int = 32  # over all processes; of larger clips as many as have these tokens
     steps: int = 4000
     warmup_steps: int = 50
     muon_lr: float = 3e-3
@@ -117,12 +117,15 @@ def train(config: BaseTrainingConfig, folder: Path) -> TextToClip:
     )
     if config.compile:
         keep_compiled_code(model.transformer.config)
-        compile_blocks(model.transformer)
+        # Each bucket's shape for itself: code for any shape is slower.
+        compile_blocks(model.transformer, dynamic=False)
     local_batch = config.batch_size // world_size
     started = time.monotonic()
     for step in run.steps():
         rng = run.numpy_generator(step)
-        batch = data.draw(data.draw_bucket(rng), [rng] * local_batch, config.caption_dropout)
+        bucket = data.draw_bucket(rng)
+        count = data.as_many_tokens(bucket, local_batch)
+        batch = data.draw(bucket, [rng] * count, config.caption_dropout)
         set_learning_rate(
             optimizers.values(), warmup_then_linear_decay(step, config.steps, config.warmup_steps)
         )

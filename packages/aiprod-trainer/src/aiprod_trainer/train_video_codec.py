@@ -6,9 +6,9 @@ Clips are rendered as the training asks for them. The loss is the mean squared e
 and around the object (a 64-pixel clip is mostly background), plus a trace of a KL term. Killed and
 started again, it goes on from its last checkpoint with the same numbers.
 
-With `start` it goes on from a checkpoint's codec, and with `keep_latents` the latents of clips at
-the first size stay what they were there, so that a transformer trained on them stays valid while
-the codec learns further sizes.
+With `start` it goes on from a checkpoint's codec, and with `keep_latents` the latents of what a
+transformer was trained on stay what they were there, so that it stays valid while the codec learns
+further sizes or another world.
 """
 
 from pathlib import Path
@@ -35,8 +35,10 @@ class VideoCodecConfig(Section):
     world: str = "v1"
     size: int = 64  # pixels, height and width
     further_sizes: tuple[int, ...] = ()  # taken in turn with `size`, a step each
+    further_worlds: tuple[str, ...] = ()  # taken in turn with `world`, at every size
     start: Path | None = None  # checkpoint whose codec is trained on
-    keep_latents: float = 0.0  # weight of the distance from the start's latents, at `size`
+    keep_latents: float = 0.0  # weight of the distance from the start's latents, of `world` alone
+    kept_sizes: tuple[int, ...] | None = None  # at which they are kept; default: `size`
     precision: Literal["float32", "bfloat16"] = "float32"  # of convolutions; weights are float32
     num_frames: int = 25
     crop_frames: int = 9  # training clips are random crops in time, on the codec's grid
@@ -96,18 +98,23 @@ def train(config: VideoCodecConfig, folder: Path) -> VideoVAE:
         save_every_s=config.save_every_s,
         rank=rank,
     )
-    sizes = [config.size, *config.further_sizes]
+    sizes = (config.size, *config.further_sizes)
+    kinds = [(world, size) for world in (config.world, *config.further_worlds) for size in sizes]
+    kept = {(config.world, size) for size in config.kept_sizes or (config.size,)}
     held_out = {
-        size: clips(
-            config, size, np.random.default_rng([config.seed, 2**31]), 16, config.num_frames
+        (world, size): clips(
+            world, size, np.random.default_rng([config.seed, 2**31]), 16, config.num_frames
         )
-        for size in sizes
+        for world, size in kinds
     }
     for step in run.steps():
-        size = sizes[step % len(sizes)]
+        world, size = kinds[step % len(kinds)]
         # As many pixels a step at every size.
         count = max(1, config.batch_size * config.size**2 // size**2)
-        pixels, mask = clips(config, size, run.numpy_generator(step), count, config.crop_frames)
+        rng = run.numpy_generator(step)
+        pixels, mask = clips(
+            world, size, rng, count, config.num_frames, crop_frames=config.crop_frames
+        )
         set_learning_rate(
             optimizers.values(), warmup_then_linear_decay(step, config.steps, config.warmup_steps)
         )
@@ -120,14 +127,14 @@ def train(config: VideoCodecConfig, folder: Path) -> VideoVAE:
         reconstruction = reconstruction_loss(decoded, pixels, mask, config.object_weight)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = reconstruction + config.kl_weight * kl
-        if config.keep_latents and size == config.size:
+        if config.keep_latents and (world, size) in kept:
             with (
                 torch.no_grad(),
                 torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"),
             ):
                 wanted = start_encoder(pixels).float()
-            kept = F.mse_loss(vae.encoder.per_channel_statistics.normalize(mean), wanted)
-            loss = loss + config.keep_latents * kept
+            normalized = vae.encoder.per_channel_statistics.normalize(mean)
+            loss = loss + config.keep_latents * F.mse_loss(normalized, wanted)
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -139,9 +146,9 @@ def train(config: VideoCodecConfig, folder: Path) -> VideoVAE:
         is_time = (step + 1) % config.eval_every == 0 or step + 1 == config.steps
         if rank == 0 and is_time:
             scores = {
-                key if size == config.size else f"{key}_{size}": value
-                for size in sizes
-                for key, value in evaluate(average, *held_out[size]).items()
+                f"{key}_{world}_{size}": value
+                for (world, size), tensors in held_out.items()
+                for key, value in evaluate(average, *tensors).items()
             }
             run.log(loss=loss.item(), kl=kl.item(), **scores)
         elif step % 20 == 0:
@@ -150,14 +157,21 @@ def train(config: VideoCodecConfig, folder: Path) -> VideoVAE:
 
 
 def clips(
-    config: VideoCodecConfig, size: int, rng: np.random.Generator, count: int, num_frames: int
+    world: str,
+    size: int,
+    rng: np.random.Generator,
+    count: int,
+    num_frames: int,
+    *,
+    crop_frames: int | None = None,  # a random stretch of each clip; default: all
 ) -> tuple[Tensor, Tensor]:
     """Rendered pixels (count, 3, F, size, size) in [-1, 1] and object masks (count, 1, F, ...)."""
+    length = crop_frames or num_frames
     pixels, masks = [], []
     for _ in range(count):
-        scene = sample_scene(rng, world=config.world)
-        start = rng.integers(0, config.num_frames - num_frames + 1)
-        frames = slice(start, start + num_frames)
+        scene = sample_scene(rng, world=world)
+        start = rng.integers(0, num_frames - length + 1)
+        frames = slice(start, start + length)
         pixels.append(render(scene, size)[frames])
         masks.append(object_mask(scene, size)[frames])
     video = torch.from_numpy(np.stack(pixels)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
