@@ -7,8 +7,9 @@ gives the same first stage, which is enlarged. Both are looked at by the world's
 of what the prompt states of the picture) and compared with the nearest true render: of `--renders`
 scenes of the judged first stage's kind, the one that the first stage resembles most. PSNR is in dB
 at the full size, `detail` the sharpness (mean absolute Laplacian) over that of the render. The
-claim holds where the mean score and the mean PSNR are at least those of the enlarged first stage;
-intervals are bootstraps over prompts. Exit code 1 where it does not.
+claim is about the score: it holds where its mean is at least that of the enlarged first stage. The
+PSNR is given beside it; it rewards what is blurred where nothing certain can be said. Intervals are
+bootstraps over prompts. Exit code 1 where the claim does not hold.
 """
 
 import argparse
@@ -42,19 +43,24 @@ def main() -> int:
     parser.add_argument("--world", default="v1")
     parser.add_argument("--renders", type=int, default=64, help="true scenes to choose from")
     parser.add_argument("--steps", type=int, help="of a guided first stage; default: the model's")
+    parser.add_argument(
+        "--sigmas", type=float, nargs="+", help="of the second; default: the model's"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     pipeline = find_pipeline(options.pipeline).from_model(options.model)
-    steps = {} if pipeline.is_distilled else {"num_inference_steps": options.steps}
-    resolved = pipeline.resolve(GenerationRequest("a clip"))
+    settings: dict[str, Any] = {"stage_2_sigmas": tuple(options.sigmas) if options.sigmas else None}
+    if not pipeline.is_distilled:
+        settings["num_inference_steps"] = options.steps
+    resolved = pipeline.resolve(GenerationRequest("a clip", **settings))
     shape = resolved.shape
     half = {"height": shape.height // 2, "width": shape.width // 2, "skip_stage_2": True}
     rows = []
     for number, prompt in enumerate(world_prompts(options.count, options.world, options.seed)):
         seed = options.seed + number
-        large = pipeline(prompt.text, seed=seed, **steps)
-        small = pipeline(prompt.text, seed=seed, **steps, **half)
+        large = pipeline(prompt.text, seed=seed, **settings)
+        small = pipeline(prompt.text, seed=seed, **settings, **half)
         rows.append(compare(small, large, prompt, options))
         print(f"{number + 1}: {rows[-1]}", file=sys.stderr, flush=True)
     result = {
@@ -64,7 +70,7 @@ def main() -> int:
         "stage_2_sigmas": list(resolved.stage_2_sigmas or ()),
         **{key: summary(rows, key) for key in ("score", "psnr_db", "detail")},
     }
-    result["holds"] = all(result[key]["mean_gain"] >= 0 for key in ("score", "psnr_db"))
+    result["holds"] = result["score"]["mean_gain"] >= 0
     print(json.dumps(result, indent=1))
     if options.json is not None:
         options.json.write_text(json.dumps(result | {"rows": rows}, indent=1) + "\n")
