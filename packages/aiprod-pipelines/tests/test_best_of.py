@@ -11,7 +11,7 @@ from aiprod_core.loader import key_maps
 from aiprod_core.loader.checkpoint import save_checkpoint
 from aiprod_core.model.reward import RewardConfig, RewardModel, init_reward
 from aiprod_core.types import AV
-from aiprod_pipelines.best_of import contest, early_step
+from aiprod_pipelines.best_of import Verdict, contest, draft_of, early_step
 from aiprod_pipelines.catalog import find_pipeline
 from aiprod_pipelines.plan import make_plan
 from aiprod_pipelines.replay import open_replay
@@ -95,6 +95,39 @@ def test_the_model_is_called_as_often_as_promised(judged_family):
         opened(PROMPT, num_inference_steps=10, best_of=4)
         handle.remove()
     assert len(calls) == 10 + 3 * 3
+
+
+def test_drafts_are_judged_finished_and_the_best_is_made_whole(judged_family, monkeypatch):
+    opened = TI2VidOneStagePipeline.from_model(str(judged_family / "tiny-dev.safetensors"))
+    judged: list[float] = []
+
+    def total(self, latents, sigma, video_grid, audio_grid) -> float:
+        judged.append(sigma)
+        return (1.0, 3.0, 2.0, 0.0)[len(judged) - 1]
+
+    monkeypatch.setattr(Verdict, "total", total)
+    calls: list[int] = []
+    with opened.models.transformer() as transformer:
+        handle = transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+        best = opened(PROMPT, seed=4, num_inference_steps=20, best_of=4)
+        handle.remove()
+    assert judged == [0.0] * 4 and len(calls) == 20 + 4 * 4
+    assert best.recipe["request"]["seed"] == 5
+    alone = opened(PROMPT, seed=5, num_inference_steps=20)
+    assert best.recipe["latents_sha256"] == alone.recipe["latents_sha256"]
+
+
+@pytest.mark.parametrize(("steps", "few"), [(17, None), (18, 4), (35, 4), (36, 8), (40, 8)])
+def test_drafts_are_made_where_four_cost_no_more_than_early_steps(judged_family, steps, few):
+    opened = TI2VidOneStagePipeline.from_model(str(judged_family / "tiny-dev.safetensors"))
+    request = opened.resolve(GenerationRequest(PROMPT, num_inference_steps=steps, best_of=4))
+    draft = draft_of(opened.models, request, steps, request.loras)
+    assert (draft and draft.steps) == few
+    plan = {stage.name: stage.flops for stage in make_plan(opened, request).stages}
+    alone = make_plan(opened, GenerationRequest(PROMPT, num_inference_steps=steps)).stages
+    whole = next(stage.flops for stage in alone if stage.name == "denoise")
+    assert ("draft" in plan) == (few is not None)
+    assert plan.get("draft", 0) + plan["denoise"] <= 1.9 * whole
 
 
 def test_a_plan_counts_every_seed(judged_family):

@@ -314,8 +314,8 @@ def generate(
     best_of: Annotated[
         int,
         typer.Option(
-            help="Start so many seeds, from --seed on; the reward model beside the model judges "
-            "them after 30 % of the steps, and the best is finished. 4 cost 1.9 clips."
+            help="Try so many seeds, from --seed on; the reward model beside the model judges "
+            "drafts of them, or their first steps, and the best is made. 4 cost 1.9 clips."
         ),
     ] = 1,
     heal: Annotated[

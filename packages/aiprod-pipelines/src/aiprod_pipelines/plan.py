@@ -39,7 +39,7 @@ from aiprod_core.quantization.schemes import WEIGHT_BYTES
 from aiprod_core.tiling import BySize, Tiling
 from aiprod_core.types import Modality, VideoShape
 from aiprod_pipelines import encoding, recipe, stages
-from aiprod_pipelines.best_of import early_step
+from aiprod_pipelines.best_of import draft_of, early_step
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.pipeline import Pipeline
 from aiprod_pipelines.progress import Progress
@@ -169,11 +169,14 @@ class _Work:
         request, models = self.request, self.models
         passes = _passes(request)
         steps = len(stages.schedule_of(request)) - 1
-        contest = early_step(steps) * (request.best_of - 1)
+        draft = draft_of(models, request, steps, request.loras)
+        contest = 0 if draft else early_step(steps) * (request.best_of - 1)
         calls = (steps + contest) * MODEL_CALLS.get(request.sampler or "euler", 1)
         has_stage_2 = self.pipeline.uses_stage_2(request)
         first = request.at_half_size() if has_stage_2 else request
         denoising = [("denoise", first.shape, calls, passes)]
+        if draft:
+            denoising.insert(0, ("draft", first.shape, request.best_of * draft.steps, 1))
         if has_stage_2:
             denoising.append(("refine", request.shape, len(request.stage_2_sigmas or ()), 1))
         networks = [("encode prompt", self._text_bytes(), Footprint(0, 0))]
@@ -191,7 +194,10 @@ class _Work:
         keeps_all = models.keeps_loaded and offload in ("none", "auto")
         found, held = [], 0.0
         for name, weights, cost in networks:
-            held = held + weights if keeps_all and name != "refine" else weights
+            if not keeps_all:
+                held = weights
+            elif name not in {again for again, *_ in denoising[1:]}:  # the transformer is there
+                held += weights
             found.append(StagePlan(name, cost.flops, held, cost.peak_bytes))
         return found
 

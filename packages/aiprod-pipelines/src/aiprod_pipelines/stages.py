@@ -38,7 +38,7 @@ from aiprod_core.model.upsampler import upsample_latent
 from aiprod_core.parallel import in_parallel
 from aiprod_core.types import AV, LatentState, Modality, VideoShape
 from aiprod_pipelines import analytics
-from aiprod_pipelines.best_of import Verdict, contest, early_step, open_verdict
+from aiprod_pipelines.best_of import Draft, Verdict, contest, draft_of, early_step, open_verdict
 from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Advance, Progress
 from aiprod_pipelines.request import GenerationRequest, LoraFile
@@ -238,6 +238,11 @@ def denoise(
         tiles=tiles,
         verdict=open_verdict(models, request.text) if is_contest else None,
     )
+    if is_contest and is_guided:
+        draft = draft_of(models, request, shared.steps, loras)
+        if draft is not None:
+            _settle_on_a_seed(shared, draft)
+            shared = replace(shared, verdict=None)
     if models.stays_loaded:
         return _windows(shared, starts, borrow=partial(_borrow_transformer, shared))
     with _borrow_transformer(shared) as lent:
@@ -378,10 +383,10 @@ class _Loan(NamedTuple):
 
 
 @contextmanager
-def _borrow_transformer(stage: _Stage, windows_done: int = 0) -> Iterator[_Loan]:
+def _borrow_transformer(stage: _Stage, windows_done: int = 0, *, clips: int = 1) -> Iterator[_Loan]:
     """With the stage's LoRAs and negative prompts in it, and the stage shown as running."""
     models, progress = stage.models, stage.progress
-    total = stage.steps * len(stage.request.windows(models.profile.scale.time))
+    total = stage.steps * len(stage.request.windows(models.profile.scale.time)) * clips
     if stage.verdict is not None:
         total += early_step(stage.steps) * (stage.request.best_of - 1)
     with (
@@ -494,6 +499,42 @@ def _sample(
     )
 
 
+def _settle_on_a_seed(stage: _Stage, draft: Draft) -> None:
+    """Seeds the stage's noise with that of the request's seeds which has the best draft."""
+    assert stage.verdict is not None
+    states, request = stage.states, stage.request
+    drafts = replace(
+        stage,
+        name="draft",
+        request=replace(request, step_cache="off"),
+        sigmas=schedulers.distilled(draft.steps),
+        adapters=[*stage.adapters, (open_lora(draft.lora.path), draft.lora.strength)],
+        is_guided=False,
+        sampler_name="euler",
+        verdict=None,
+    )
+    seeds = _seeds(request)
+    scores = []
+    with _borrow_transformer(drafts, clips=len(seeds)) as lent:
+        for seed in seeds:
+            own = replace(drafts, generators=[torch.Generator().manual_seed(seed)])
+            (made,) = _windows(own, None, borrow=lambda number: nullcontext(lent))
+            grids = states.video_grid, states.audio_grid
+            scores.append(stage.verdict.total(made.clip, 0.0, *grids))
+    best = seeds[scores.index(max(scores))]
+    stage.generators[0].manual_seed(best)
+    _note_best(stage, best, scores, "drafts")
+
+
+def _seeds(request: GenerationRequest) -> list[int]:
+    return [(request.seed + k) % 2**63 for k in range(request.best_of)]
+
+
+def _note_best(stage: _Stage, seed: int, scores: list[float], judged: str) -> None:
+    listed = ", ".join(f"{score:+.2f}" for score in scores)
+    stage.progress.note(f"best of {len(scores)}: seed {seed} (scores of {judged} {listed})")
+
+
 def _sample_best(
     stage: _Stage,
     verdict: Verdict,
@@ -501,8 +542,8 @@ def _sample_best(
     place: Place,
 ) -> AV:
     """`sample` with that of the request's seeds which the verdict finds best early on."""
-    states, request = stage.states, stage.request
-    seeds = [(request.seed + k) % 2**63 for k in range(request.best_of)]
+    states = stage.states
+    seeds = _seeds(stage.request)
     noises = {seed: torch.Generator().manual_seed(seed) for seed in seeds}
 
     def attempt(seed: int, callback: Callback) -> AV:
@@ -510,13 +551,12 @@ def _sample_best(
 
     def judge(denoised: AV, sigma: float) -> float:
         latents = _latents(place(denoised), states)
-        return sum(verdict(latents, sigma, states.video_grid, states.audio_grid).values())
+        return verdict.total(latents, sigma, states.video_grid, states.audio_grid)
 
     x, seed, scores = contest(attempt, seeds, stage.steps, judge)
     # What follows draws on: its noise is that of the seed alone.
     stage.generators[0].set_state(noises[seed].get_state())
-    early = ", ".join(f"{score:+.2f}" for score in scores)
-    stage.progress.note(f"best of {len(seeds)}: seed {seed} (early scores {early})")
+    _note_best(stage, seed, scores, "early steps")
     return x
 
 
