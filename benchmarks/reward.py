@@ -12,9 +12,10 @@ the mean over prompts of that among one prompt's seeds; `forecast_judge` that of
 with the world's judge, where clips are judged.
 
 best_of: from the same clips. `best_of_gain` is what the best of all seeds at the end gains over
-their mean, in the reward model's score; `best_of_gain_share` what the early choice has of it, and
-`best_of_judge_gain` what it gains in the judge's share. `calls_ratio` counts the model calls of
-real runs with --best-of against those of one clip.
+their mean, in the reward model's score; `best_of_gain_share` what the choice of --best-of has of it
+(by drafts where the distilled LoRA is beside the model), `best_of_early_share` what a choice after
+30 % of the steps has, and `best_of_judge_gain` what the choice gains in the judge's share.
+`calls_ratio` counts the model calls of real runs with --best-of against those of one clip.
 
 dpo: a LoRA trained on ranked pairs of the model's own clips; `flow_dpo_win_rate` is the share of
 held-out prompts whose clip scores higher with it than without, seed by seed, `_judge` by the judge
@@ -37,8 +38,9 @@ from torch import Tensor
 from aiprod_core.loader.lora import open_lora
 from aiprod_core.types import AV
 from aiprod_pipelines import companions
-from aiprod_pipelines.best_of import early_step
+from aiprod_pipelines.best_of import Draft, draft_of, early_step
 from aiprod_pipelines.components import ModelSet
+from aiprod_pipelines.request import GenerationRequest
 from aiprod_pipelines.ti2vid_one_stage import TI2VidOneStagePipeline
 from aiprod_trainer.evaluation.prompts import Prompt, world_prompts
 from aiprod_trainer.preferences import (
@@ -141,6 +143,8 @@ def verdicts(options: argparse.Namespace, models: ModelSet, reward: Path) -> dic
     )
     count = data["video"].shape[1]
     text, mask = (data[name].repeat_interleave(count, 0) for name in ("text", "text_mask"))
+    draft = draft_of(models, GenerationRequest("-", best_of=options.seeds), steps, ())
+    drafted = None if draft is None else drafts(models, draft, prompts, seeds)
     with torch.inference_mode(), models.reward(reward) as network:
         late_scores = _scores(network, data["video"], data["audio"], text, mask, grids, 0.0)
         early_scores = _scores(
@@ -152,6 +156,9 @@ def verdicts(options: argparse.Namespace, models: ModelSet, reward: Path) -> dic
             grids,
             float(data["sigma"][0]),
         )
+        chosen_by = early_scores
+        if drafted is not None:
+            chosen_by = summed_scores(network, drafted, text, mask, grids).view(late_scores.shape)
     within = [_spearman(a, b) for a, b in zip(early_scores, late_scores, strict=True)]
     result: dict[str, Any] = {
         "prompts": len(prompts),
@@ -162,14 +169,19 @@ def verdicts(options: argparse.Namespace, models: ModelSet, reward: Path) -> dic
         "forecast_spearman": _spearman(early_scores.flatten(), late_scores.flatten()),
         "forecast_within_prompt": round(float(np.nanmean(within)), 4),
     }
-    chosen = early_scores.argmax(1, keepdim=True)
     base = late_scores.mean(1)
     gain = float((late_scores.amax(1) - base).mean())
-    kept = float((late_scores.gather(1, chosen)[:, 0] - base).mean())
+
+    def share_of(scores: Tensor) -> float:
+        choice = scores.argmax(1, keepdim=True)
+        return round(float((late_scores.gather(1, choice)[:, 0] - base).mean()) / gain, 4)
+
+    chosen = chosen_by.argmax(1, keepdim=True)
     result |= {
+        "draft_steps": draft and draft.steps,
         "best_of_gain": round(gain, 4),
-        "best_of_early_gain": round(kept, 4),
-        "best_of_gain_share": round(kept / gain, 4),
+        "best_of_gain_share": share_of(chosen_by),
+        "best_of_early_share": share_of(early_scores),
     }
     if options.judged:
         judged = data["judged_text"][: options.judged]
@@ -183,6 +195,20 @@ def verdicts(options: argparse.Namespace, models: ModelSet, reward: Path) -> dic
             "best_of_judge_gain_full": round(float((late - means).nanmean()), 4),
         }
     return result
+
+
+def drafts(models: ModelSet, draft: Draft, prompts: list[Prompt], seeds: list[int]) -> AV:
+    """What --best-of judges, for the same seeds of each prompt."""
+    texts = [prompt.text for prompt in prompts for _ in range(len(seeds) // len(prompts))]
+    settings = {
+        "schedule": "distilled",
+        "num_inference_steps": draft.steps,
+        "cfg_scale": 1.0,
+        "stg_scale": 0.0,
+        "modality_scale": 1.0,
+    }
+    loras = ((open_lora(draft.lora.path), draft.lora.strength),)
+    return sample_clips(models, texts, seeds, settings=settings, loras=loras).finished
 
 
 def _scores(
