@@ -15,6 +15,7 @@ from aiprod_core.types import AV
 from aiprod_pipelines import heal, media
 from aiprod_pipelines.cli import app
 from aiprod_pipelines.clip import Clip
+from aiprod_pipelines.metrics import sync
 from aiprod_pipelines.retake import RetakePipeline
 from aiprod_pipelines.ti2vid_one_stage import TI2VidOneStagePipeline
 
@@ -114,6 +115,27 @@ def test_sound_that_is_late_as_a_whole_is_found_with_its_delay_and_rolling_noise
     (early,) = heal.sync_defects(falling(), FPS, clicks([0.6]))
     assert early.offset_ms == pytest.approx(-400, abs=60)
     assert heal.sync_defects(falling(), FPS, hum()) == []
+
+
+def test_what_sounds_from_the_first_moment_has_not_begun_there():
+    """The sound sets in with the clip, 0.4 s before the fall ends."""
+    fallen = falling()[7:]
+    assert heal.sync_defects(fallen, FPS, clicks([0.02], len(fallen) / FPS)) == []
+    assert heal.sync_defects(fallen, FPS, clicks([0.1], len(fallen) / FPS)) != []
+
+
+@pytest.mark.parametrize(("in_place", "found"), [(0.3, 1), (0.7, 0)])
+def test_what_keeps_time_as_it_is_is_not_moved_to_the_next_beat(in_place, found, monkeypatch):
+    offset = sync.Offset(400.0, 0.8, in_place)
+    monkeypatch.setattr(heal.sync, "best_offset", lambda *_: offset)
+    assert len(heal.sync_defects(falling(), FPS, clicks([1.0]))) == found
+
+
+def test_a_beat_meets_itself_in_place_and_a_beat_later():
+    beat = sync.Events.at((0.4, 0.8, 1.2, 1.6), 2.0)
+    late = sync.Events.at((0.8, 1.2, 1.6, 2.0), 2.4)
+    found = sync.best_offset(beat, late)
+    assert found is not None and found.in_place > 0.6
 
 
 def test_clipping_is_found_where_it_is():

@@ -36,6 +36,7 @@ DROPPED_DB = -110.0  # below the noise that vocoders leave in pauses, some -90 d
 LEVEL_S = 0.01  # silence is told to this length
 CLIPPED_S = 0.0005  # a single clipped sample is not heard
 DESYNC_MS, DESYNC_SCORE = 250.0, 0.6  # beyond the error of `sync.best_offset` on unknown pictures
+DESYNC_GAIN, BEGUN_S = 0.25, 0.06
 ONSET_DB = 10.0  # by which what is heard as an event rises at once; lasting noise wavers by less
 JOINED_S = 0.3  # defects of one kind this near are one
 
@@ -208,9 +209,12 @@ def sync_defects(frames: np.ndarray, fps: float, audio: media.Audio) -> list[Def
     at = (heard.times_s / step_s).astype(int)  # in the padded levels: 60 ms before
     rise = np.array([levels[i + 6 : i + 10].max() - levels[i : i + 5].max() for i in at])
     is_sudden = rise >= ONSET_DB if len(at) else np.zeros(0, dtype=bool)
+    is_sudden &= heard.times_s >= BEGUN_S  # what sounds from the start did not begin there
     heard = heard._replace(times_s=heard.times_s[is_sudden], weights=heard.weights[is_sudden])
     offset = sync.best_offset(seen, heard, max(0.03, 0.6 / fps))
     if offset is None or abs(offset.ms) < DESYNC_MS or offset.score < DESYNC_SCORE:
+        return []
+    if offset.score - offset.in_place < DESYNC_GAIN:  # it keeps time nearly as well as it is
         return []
     return [Defect("desync", "audio", 0.0, audio.duration_s, 1.0, round(offset.ms, 1))]
 
