@@ -59,6 +59,7 @@ STAGES = {
     "encode audio": (5, 7),
     "encode video": (5, 8),
     "encode images": (5, 8),
+    "draft": (8, 25),  # of best_of: its seeds in few steps
     "denoise": (8, 80),
     "upsample": (60, 62),
     "refine": (62, 80),
