@@ -57,6 +57,7 @@ def _step_in_a_group(rank: int, folder: str) -> None:
     parameters = _matrices_with_gradients()
     Muon(parameters, lr=0.1, rank=rank, world_size=2).step()
     torch.save([p.detach() for p in parameters], f"{folder}/{rank}.pt")
+    dist.barrier()  # gloo aborts a process whose partner leaves while its threads still talk
     dist.destroy_process_group()
 
 
