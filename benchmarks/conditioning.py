@@ -11,9 +11,9 @@ clips of the first frame's PSNR to it, beside that of the codec alone; `image_mo
 share in which something moves, `image_motion_right` that of the stated motions that are right.
 
 canny, depth, pose, detailer: the true render is the reference, and each clip is made with it and
-without, from the same prompt and seed. Adherence is the F1 of Canny edges
-(within a pixel at 64), for depth and pose the mean distance of the object's track from the true one
-in frame widths, for the detailer the PSNR to the render in dB.
+without, from the same prompt and seed. Adherence is the F1 of Canny edges (within a pixel at 64),
+for depth and pose the mean distance of the object's track from the true one in frame widths, for
+the detailer the PSNR to the render in dB.
 
 camera: with each camera LoRA beside the model, the share of clips whose camera is as asked, by the
 world's judge; the prompt does not name it. What has no LoRA beside the model is skipped and named.
@@ -24,7 +24,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +182,7 @@ def edge_f1(frames: np.ndarray, verdict: Verdict, scene: Scene) -> float:
 
 def track_distance(frames: np.ndarray, verdict: Verdict, scene: Scene) -> float:
     """In frame widths, where the object is found; half a frame where it never is."""
-    truth = body_track(replace(scene, camera="static"))
+    truth = body_track(scene)
     apart = np.hypot(verdict.track.x - truth.x, verdict.track.y - truth.y)
     return float(np.nanmean(apart)) if np.isfinite(apart).any() else 0.5
 
