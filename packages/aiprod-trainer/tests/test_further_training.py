@@ -11,8 +11,13 @@ from safetensors.torch import load_file, save_file
 
 from aiprod_core.loader.checkpoint import open_checkpoint
 from aiprod_core.loader.networks import load_video_decoder, load_video_encoder
-from aiprod_trainer import export, train_video_codec
+from aiprod_core.types import ScaleFactors
+from aiprod_trainer import export, prepare_world, train_video_codec
+from aiprod_trainer.data import Batch
+from aiprod_trainer.train_base import losses_at
 from aiprod_trainer.train_video_codec import VideoCodecConfig, clips, train
+from aiprod_trainer.world.render import object_mask
+from aiprod_trainer.world.scene import sample_scene
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +98,47 @@ def test_codecs_that_went_on_keep_the_sound_and_the_statistics(tiny_model: Path,
         torch.testing.assert_close(after[key], before[key], rtol=0, atol=0)
     moved = [key for key in after if key.startswith("vae.decoder") and key.endswith("weight")]
     assert any(not torch.equal(after[key], before[key]) for key in moved)
+
+
+def test_object_cells_are_where_the_object_is_seen_at_any_time_of_a_latent_frame():
+    scene = sample_scene(np.random.default_rng(3), motion="roll right", size="small")
+    mask = torch.from_numpy(object_mask(scene, 64))[None]
+    cells = prepare_world._cells(mask, (7, 4, 4))[0]
+    # The first latent frame is the first frame; each further one four frames, 16 x 16 pixels a cell.
+    groups = [slice(0, 1), *(slice(start, start + 4) for start in range(1, 25, 4))]
+    for frame, group in enumerate(groups):
+        for row in range(4):
+            for column in range(4):
+                block = mask[0, group, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16]
+                assert cells[frame, row, column] == (block > 0.5).any()
+    assert 0 < cells.float().mean() < 0.5
+
+
+def test_cells_with_the_object_count_more_by_the_weight_asked_for():
+    cells = torch.zeros(1, 1, 2, 2)
+    cells[0, 0, 1, 0] = 1
+    batch = Batch(
+        torch.randn(1, 3, 1, 2, 2),
+        torch.randn(1, 2, 4, 16),
+        {"hidden": torch.zeros(1, 1, 1, 1)},
+        torch.ones(1, 1),
+        {"object_cells": cells},
+    )
+    seen = {}
+
+    class Still(torch.nn.Module):  # predicts that nothing flows
+        def projector(self, hidden, mask):
+            return torch.zeros(1, 1, 4), torch.zeros(1, 1, 4), mask
+
+        def transformer(self, video, audio):
+            seen["clean"], seen["noisy"] = batch.video.flatten(2).mT, video.latent
+            return torch.zeros_like(video.latent), torch.zeros_like(audio.latent)
+
+    sigma = torch.tensor([0.5])
+    generator = torch.Generator().manual_seed(0)
+    scale = ScaleFactors(4, 16, 16)
+    found, _ = losses_at(Still(), batch, (sigma, sigma), False, generator, 12.0, scale, 3.0)  # type: ignore[arg-type]
+    velocity = (seen["noisy"] - seen["clean"]) / 0.5
+    each = velocity.square().mean(dim=-1)[0]
+    expected = (each[0] + each[1] + 4 * each[2] + each[3]) / 7
+    torch.testing.assert_close(found, expected)

@@ -11,6 +11,7 @@ procedural world) and `aiprod dataset` (footage). A part, in the folder or in on
     reference_audio_latents  (K, z, t, bins)
     video_masks              (K, F, H, W)      on the latent grid, 1 = given, 0 = to be generated
     audio_masks              (K, T)
+    object_cells             (K, F, H, W)      on the latent grid, 1 where an object is seen
     lengths                  (K x captions,)   int32: tokens of each caption, a clip's one after
                                                another; every clip of a part has as many captions
     hidden                   (tokens, D, L)    the text encoder's hidden states of all captions,

@@ -10,6 +10,7 @@ made, and `--part-range` lets two processes share the work. The layout is data.p
 
 For a LoRA, `--only camera="dolly in"` keeps an attribute of all scenes; for an IC-LoRA,
 `--references canny depth pose detailer` adds what it is shown, as `reference_canny` and so on.
+`object_cells` marks the latent cells in which an object is seen, for `train_base`'s `object_weight`.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,7 +39,7 @@ from aiprod_core.model.mel import log_mel
 from aiprod_pipelines.controls import blur, make_control
 from aiprod_trainer.world import ground_truth
 from aiprod_trainer.world.captions import caption
-from aiprod_trainer.world.render import render
+from aiprod_trainer.world.render import object_mask, render
 from aiprod_trainer.world.scene import Scene, sample_scene
 from aiprod_trainer.world.sound import synthesise
 
@@ -130,7 +132,10 @@ def prepare(
             batch = scenes[start : start + 16]
             frames = np.stack([render(scene, size) for scene in batch])
             mel = log_mel(torch.from_numpy(np.stack([synthesise(s) for s in batch])), front_end)
-            tensors["video"].append(video_encoder(_pixels(frames)).half())
+            video = video_encoder(_pixels(frames)).half()
+            tensors["video"].append(video)
+            masks = torch.from_numpy(np.stack([object_mask(scene, size) for scene in batch]))
+            tensors["object_cells"].append(_cells(masks, video.shape[2:]))
             tensors["audio"].append(audio_encoder(mel[:, :, : mel.shape[2] // 4 * 4]).half())
             for name in references:
                 shown = [REFERENCES[name](s, f) for s, f in zip(batch, frames, strict=True)]
@@ -156,6 +161,16 @@ def _scene(rng: np.random.Generator, world: str, only: Mapping[str, str]) -> Sce
             f"--only {', '.join(only)}: a scene has shape, colour, size, material, motion, "
             "background, camera and ambience."
         ) from None
+
+
+def _cells(masks: Tensor, grid: Sequence[int]) -> Tensor:
+    """Cover of pixels (B, T, H, W) to uint8 (B, F, h, w): 1 where a latent cell sees any of it.
+
+    A latent's first frame stands for one frame, each further one for as many as there are.
+    """
+    frames_each = (masks.shape[1] - 1) // max(grid[0] - 1, 1)
+    padded = torch.cat([masks[:, :1].expand(-1, frames_each - 1, -1, -1), masks], dim=1)
+    return (F.adaptive_max_pool3d(padded, tuple(grid)) > 0.5).to(torch.uint8)
 
 
 def _pixels(frames: np.ndarray) -> Tensor:

@@ -10,6 +10,7 @@ The processes average their gradients; the checkpoint does not depend on who wro
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class BaseTrainingConfig(Section):
     first_frame_p: float = 0.1  # share of clips whose first latent frame is given
     caption_dropout: float = 0.1
     audio_weight: float = 1.0
+    object_weight: float = 0.0  # extra weight of the latent cells in which an object is seen
     ema_decay: float = 0.999
     compile: bool = True
     seed: int = 0
@@ -184,7 +186,9 @@ def losses(
         clean_share=config.clean_share,
     )
     has_first_frame = bool(torch.rand((), generator=generator) < config.first_frame_p)
-    return losses_at(model, batch, sigmas, has_first_frame, generator, config.fps, scale)
+    return losses_at(
+        model, batch, sigmas, has_first_frame, generator, config.fps, scale, config.object_weight
+    )
 
 
 def losses_at(
@@ -195,8 +199,13 @@ def losses_at(
     generator: torch.Generator,
     fps: float,
     scale: ScaleFactors,
+    object_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """Video and audio velocity losses at the given noise levels (B,) of each modality."""
+    """Video and audio velocity losses at the given noise levels (B,) of each modality.
+
+    A clip is mostly background: with an `object_weight`, cells in which an object is seen (the
+    batch's `object_cells`) count 1 + object_weight times.
+    """
     assert batch.video is not None and batch.audio is not None
     video_grid = VideoGrid(VideoLatentShape(*batch.video.shape), scale, fps)
     audio_grid = AudioGrid(AudioLatentShape(*batch.audio.shape))
@@ -220,6 +229,9 @@ def losses_at(
         audio_context,
         generator,
     )
+    if object_weight:
+        cells = batch.extras["object_cells"].flatten(1)[..., None]  # tokens go over F, H, W
+        video = replace(video, weight=video.weight * (1 + object_weight * cells))
     video_velocity, audio_velocity = model.transformer(video.modality, audio.modality)
     return velocity_loss(video_velocity, video), velocity_loss(audio_velocity, audio)
 
