@@ -3,10 +3,11 @@
 TRAINER := OMP_NUM_THREADS=1 $(BIN)/python -m aiprod_trainer
 TEXT_ENCODER := packages/aiprod-nano/src/aiprod_nano/text_encoder
 
-.PHONY: nano nano-first nano-codecs nano-transformer nano-upscaler nano-distilled nano-canny \
-	nano-tiny-decoder
+.PHONY: nano nano-first nano-codecs nano-transformer nano-upscalers nano-distilled nano-reward \
+	nano-cameras nano-controls nano-tiny-decoder nano-variants
 
-nano: nano-first nano-codecs nano-transformer nano-upscaler nano-distilled nano-canny nano-tiny-decoder ## train nano from nothing, all of it
+nano: nano-first nano-codecs nano-transformer nano-upscalers nano-distilled nano-reward nano-cameras \
+	nano-controls nano-tiny-decoder ## train nano from nothing, all of it
 
 nano-first: $(VENV)/run.stamp ## train nano: codecs, vocoder and transformer from nothing, at 64 pixels
 	$(TRAINER).train_video_codec configs/nano/video_codec.yaml --out runs/first/video_codec
@@ -22,36 +23,77 @@ nano-first: $(VENV)/run.stamp ## train nano: codecs, vocoder and transformer fro
 	$(TRAINER).export model --codecs runs/first/codecs.safetensors --transformer runs/first/transformer \
 		--generation configs/nano/generation.yaml --out runs/first/nano-dev.safetensors
 
-nano-codecs: $(VENV)/run.stamp ## train nano: its video codec on, at 64 and 128 pixels
-	$(TRAINER).train_video_codec configs/nano/video_codec_two_sizes.yaml --out runs/video_codec
+nano-codecs: $(VENV)/run.stamp ## train nano: its video codec on, at 64 and 128 pixels, then in world v2
+	mkdir -p runs/v1
+	$(TRAINER).train_video_codec configs/nano/video_codec_two_sizes.yaml --out runs/v1/video_codec
+	$(TRAINER).export codecs --video runs/v1/video_codec --sound-of runs/first/nano-dev.safetensors \
+		--out runs/v1/codecs.safetensors
+	$(TRAINER).train_video_codec configs/nano/video_codec_two_worlds.yaml --out runs/video_codec
 	$(TRAINER).export codecs --video runs/video_codec --sound-of runs/first/nano-dev.safetensors \
 		--out runs/codecs.safetensors
 
-nano-transformer: $(VENV)/run.stamp ## train nano: its transformer on, with many words, at two sizes
-	$(TRAINER).prepare_world --checkpoint runs/codecs.safetensors \
-		--text-encoder $(TEXT_ENCODER) --out runs/latents/64 --clips 4096 --captions 6 --seed 31
-	$(TRAINER).prepare_world --checkpoint runs/codecs.safetensors --size 128 \
-		--text-encoder $(TEXT_ENCODER) --out runs/latents/128 --clips 3072 --captions 4 --seed 51
-	$(TRAINER).train_base configs/nano/transformer_two_sizes.yaml --out runs/transformer
-	$(TRAINER).export model --codecs runs/codecs.safetensors --transformer runs/transformer \
-		--generation configs/nano/generation.yaml --out runs/nano/nano-dev.safetensors
-	cp -r $(TEXT_ENCODER) runs/nano/
+PREPARE := $(TRAINER).prepare_world --text-encoder $(TEXT_ENCODER) --checkpoint
 
-nano-upscaler: $(VENV)/run.stamp ## train nano: its spatial upscaler
+# World v2's clips of 64 pixels are made a camera at a time, so that the camera LoRAs can take their own.
+CAMERAS := static dolly-in dolly-out dolly-left dolly-right jib-up jib-down
+
+nano-transformer: $(VENV)/run.stamp ## train nano: its transformer on, with many words, at two sizes, then in world v2
+	$(PREPARE) runs/codecs.safetensors --out runs/latents/64 --clips 1536 --captions 6 --seed 31
+	$(PREPARE) runs/codecs.safetensors --out runs/latents/128 --size 128 --clips 1280 --captions 6 --seed 51
+	$(TRAINER).train_base configs/nano/transformer_two_sizes.yaml --out runs/v1/transformer
+	$(TRAINER).export model --codecs runs/codecs.safetensors --transformer runs/v1/transformer \
+		--generation configs/nano/generation.yaml --out runs/v1/nano-dev.safetensors
+	for camera in $(CAMERAS); do \
+		$(PREPARE) runs/codecs.safetensors --out runs/latents/v2/$$camera --world v2 \
+			--only camera="$$(echo $$camera | tr - ' ')" --clips 256 --captions 6 --seed 61 || exit 1; done
+	$(PREPARE) runs/codecs.safetensors --out runs/latents/v2/128 --world v2 --size 128 --clips 768 \
+		--captions 6 --seed 71
+	$(TRAINER).train_base configs/nano/transformer_two_worlds.yaml --out runs/transformer
+	mkdir -p runs/nano && cp -r $(TEXT_ENCODER) runs/nano/
+	$(TRAINER).export model --codecs runs/codecs.safetensors --transformer runs/transformer \
+		--generation configs/nano/generation.yaml --world v2 --out runs/nano/nano-dev.safetensors
+
+nano-upscalers: $(VENV)/run.stamp ## train nano: its upscalers, in space and in time
 	$(TRAINER).train_upsampler configs/nano/spatial_upscaler.yaml --out runs/spatial
 	$(TRAINER).export upsampler --run runs/spatial \
 		--out runs/nano/nano-spatial-upscaler-x2.safetensors
+	$(TRAINER).train_upsampler configs/nano/temporal_upscaler.yaml --out runs/temporal
+	$(TRAINER).export upsampler --run runs/temporal \
+		--out runs/nano/nano-temporal-upscaler-x2.safetensors
 
 nano-distilled: $(VENV)/run.stamp ## train nano: its distilled LoRA, 8 steps without guidance
 	OMP_NUM_THREADS=1 $(BIN)/aiprod distill configs/nano/distill.yaml \
 		--set model=runs/nano/nano-dev.safetensors --set latents=runs/latents
+	cp runs/distill/*-distilled-lora-64.safetensors runs/nano/nano-distilled-lora-64.safetensors
 
-nano-canny: $(VENV)/run.stamp ## train nano: its IC-LoRA that follows edges
-	$(TRAINER).prepare_world --checkpoint runs/nano/nano-dev.safetensors \
-		--text-encoder $(TEXT_ENCODER) --out runs/controls --clips 512 --captions 4 --references canny --seed 21
-	OMP_NUM_THREADS=1 $(BIN)/aiprod train configs/nano/ic_lora.yaml \
-		--set model.model_path=runs/nano/nano-dev.safetensors
+nano-reward: $(VENV)/run.stamp ## train nano: the reward model that judges latents
+	OMP_NUM_THREADS=1 $(BIN)/aiprod reward train configs/nano/reward.yaml \
+		--set model=runs/nano/nano-dev.safetensors
+	cp runs/reward/nano-reward.safetensors runs/nano/
+
+nano-cameras: $(VENV)/run.stamp ## train nano: a LoRA for each camera move
+	for camera in $(CAMERAS); do \
+		OMP_NUM_THREADS=1 $(BIN)/aiprod train configs/nano/lora_camera.yaml \
+			--set model.model_path=runs/nano/nano-dev.safetensors \
+			--set data.preprocessed_data_root=runs/latents/v2/$$camera \
+			--set output_dir=runs/nano-lora-camera-control-$$camera || exit 1; done
+
+# Each starts where the one before ended: to sharpen a blurred clip teaches a LoRA to read what it is
+# shown, from which depth, pose and edges are a smaller step than from nothing.
+nano-controls: $(VENV)/run.stamp ## train nano: IC-LoRAs that follow a blurred clip, depth, a pose, edges
+	$(PREPARE) runs/nano/nano-dev.safetensors --out runs/controls/v1 --clips 512 --captions 4 \
+		--references canny depth pose detailer --seed 21
+	start=; for kind in detailer depth pose canny; do \
+		OMP_NUM_THREADS=1 $(BIN)/aiprod train configs/nano/ic_lora.yaml \
+			--set model.model_path=runs/nano/nano-dev.safetensors $$start \
+			--set training_strategy.reference_latents_dir=reference_$$kind \
+			--set output_dir=runs/nano-ic-lora-$$kind-control || exit 1; \
+		start="--set model.load_checkpoint=runs/nano-ic-lora-$$kind-control"; done
 
 nano-tiny-decoder: $(VENV)/run.stamp ## train nano: its decoder for previews
 	$(TRAINER).train_tiny_decoder configs/nano/tiny_decoder.yaml --out runs/tiny_decoder
 	cp runs/tiny_decoder/nano-tiny-decoder.safetensors runs/nano/
+
+nano-variants: $(VENV)/run.stamp ## make of the shipped nano: nano-dev-fp8, nano-distilled, nano-distilled-fp8
+	$(BIN)/aiprod models convert nano packages/aiprod-nano/src/aiprod_nano --variant dev-fp8 \
+		--variant distilled --variant distilled-fp8

@@ -1,5 +1,6 @@
 """Finding a model by its name, and what its header tells."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from aiprod_core.errors import CheckpointError, InputError
 from aiprod_pipelines import model_files
 from aiprod_pipelines.components import ModelSet, choose_dtype
+from aiprod_pipelines.conversion import convert_variants
 from aiprod_pipelines.model_files import describe_model, resolve_model
 from aiprod_pipelines.ti2vid_one_stage import TI2VidOneStagePipeline
 
@@ -116,3 +118,21 @@ def test_a_hub_out_of_reach_falls_back_to_the_cache(tiny_model: Path, monkeypatc
 def test_precision_follows_the_device():
     assert choose_dtype(None, torch.device("cpu")) == torch.float32
     assert choose_dtype(None, torch.device("cuda")) == torch.bfloat16
+
+
+def test_a_variant_of_nano_is_made_where_its_error_says_and_found_there(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copy(tiny_model, tmp_path / "nano-dev.safetensors")
+    shutil.copytree(tiny_model.parent / "text_encoder", tmp_path / "text_encoder")
+    monkeypatch.setattr(model_files.importlib.resources, "files", lambda package: tmp_path)
+    command = f"aiprod models convert nano {tmp_path} --variant dev-fp8"
+    with pytest.raises(InputError, match=re.escape(command)):
+        resolve_model("nano-dev-fp8")
+    notes = {entry["name"]: entry for entry in model_files.available_models()}
+    assert notes["nano-dev-fp8"]["bytes"] is None
+    assert "to be made of nano" in notes["nano-dev-fp8"]["note"]
+    convert_variants("nano", tmp_path, ["dev-fp8"])
+    assert resolve_model("nano-dev-fp8") == [tmp_path / "nano-dev-fp8.safetensors"]
+    made = {entry["name"]: entry for entry in model_files.available_models()}["nano-dev-fp8"]
+    assert made["bytes"] and made["parameters"] == notes["nano"]["parameters"]

@@ -1,10 +1,20 @@
-"""How latents are normalised for the transformer."""
+"""Checkpoints made of training runs, and how latents are normalised for the transformer."""
+
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from aiprod_core.loader.checkpoint import open_checkpoint
+from aiprod_core.loader.networks import load_text_projector, load_transformer
+from aiprod_pipelines.model_files import describe_model
+from aiprod_trainer import export
 from aiprod_trainer.export import channel_scales
+from aiprod_trainer.train_base import TextToClip
 
 
 def test_channels_are_scaled_by_the_root_of_what_they_change_in_the_picture():
@@ -17,3 +27,38 @@ def test_channels_are_scaled_by_the_root_of_what_they_change_in_the_picture():
     assert scales[1] / scales[0] == pytest.approx(2.0, rel=0.01)
     assert scales[2] == pytest.approx(0.2)  # a channel that shows nowhere is not lost entirely
     assert scales[:2].square().sum().item() / 3 == pytest.approx(1.0, rel=0.01)
+
+
+def test_a_model_of_the_same_weights_is_written_whole_and_names_its_world(
+    tiny_model: Path, tmp_path: Path
+):
+    checkpoint = open_checkpoint(tiny_model)
+    model = TextToClip(load_transformer(checkpoint), load_text_projector(checkpoint))
+    state = {f"average/{name}": tensor for name, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "state.safetensors")
+    sections = {name: checkpoint.section(name) for name in ("transformer", "text_encoder")}
+    (tmp_path / "config.json").write_text(json.dumps(sections))
+    (tmp_path / "generation.yaml").write_text("num_inference_steps: 3\n")
+    made = tmp_path / "nano-dev.safetensors"
+    command = ["model", "--codecs", str(tiny_model), "--transformer", str(tmp_path)]
+    command += ["--generation", str(tmp_path / "generation.yaml"), "--dtype", "float32"]
+    assert export.main([*command, "--world", "v2", "--out", str(made)]) == 0
+    before, after = load_file(tiny_model), load_file(made)
+    for name, tensor in after.items():
+        torch.testing.assert_close(tensor, before[name].float(), rtol=0, atol=0)
+    assert after.keys() == before.keys()
+    assert open_checkpoint(made).metadata["world"] == "v2"
+
+
+def test_scores_are_noted_in_the_header_and_shown_without_a_change_of_weights(
+    tiny_model: Path, tmp_path: Path
+):
+    model = tmp_path / "nano-dev.safetensors"
+    shutil.copy(tiny_model, model)
+    scores = tmp_path / "scores.json"
+    scores.write_text(json.dumps({"colour": 0.5, "num_prompts": 8, "rows": [1, 2], "camera": None}))
+    assert export.main(["scores", "--model", str(model), "--scores", str(scores)]) == 0
+    assert describe_model(str(model))["scores"] == {"colour": 0.5, "num_prompts": 8}
+    for name, tensor in load_file(tiny_model).items():
+        torch.testing.assert_close(load_file(model)[name], tensor, rtol=0, atol=0)
+    assert export.main(["scores", "--model", str(model), "--scores", "nothing.json"]) == 2

@@ -104,7 +104,7 @@ def test_object_cells_are_where_the_object_is_seen_at_any_time_of_a_latent_frame
     scene = sample_scene(np.random.default_rng(3), motion="roll right", size="small")
     mask = torch.from_numpy(object_mask(scene, 64))[None]
     cells = prepare_world._cells(mask, (7, 4, 4))[0]
-    # The first latent frame is the first frame; each further one four frames, 16 x 16 pixels a cell.
+    # The first latent frame is the first frame; each further one four; a cell is 16 x 16 pixels.
     groups = [slice(0, 1), *(slice(start, start + 4) for start in range(1, 25, 4))]
     for frame, group in enumerate(groups):
         for row in range(4):

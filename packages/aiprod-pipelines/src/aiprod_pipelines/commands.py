@@ -154,8 +154,16 @@ def list_models(as_json: JsonFlag = False) -> None:
     if as_json:
         typer.echo(json.dumps(found))
         return
-    rows = [(m["name"], size_text(m["bytes"]) if m["bytes"] else "-", m["note"]) for m in found]
-    print_table(("model", "size", ""), rows)
+    rows = [
+        (
+            m["name"],
+            size_text(m["bytes"]) if m["bytes"] else "-",
+            f"{m['parameters']:,}" if m["parameters"] else "-",
+            m["note"],
+        )
+        for m in found
+    ]
+    print_table(("model", "size", "parameters", ""), rows)
 
 
 @models_app.command("show")
@@ -164,7 +172,7 @@ def show_model(
     model: Annotated[str, typer.Argument(help="A name or path as for `generate --model`.")],
     as_json: JsonFlag = False,
 ) -> None:
-    """Show a model's version, grid, defaults and parameter counts, from its header alone.
+    """Show a model's version, grid, defaults, parameter counts and scores, from its header alone.
 
     [dim]aiprod models show nano[/dim]
     """
@@ -177,8 +185,9 @@ def show_model(
     rows = [
         (name, as_text(value))
         for name, value in facts.items()
-        if name not in ("parameters", "defaults") and value is not None
+        if name not in ("parameters", "defaults", "scores") and value is not None
     ]
+    rows += [(f"score: {name}", as_text(value)) for name, value in facts["scores"].items()]
     rows += [(f"default {name}", as_text(value)) for name, value in facts["defaults"].items()]
     rows += [(name, f"{count:,} parameters") for name, count in facts["parameters"].items()]
     rows.append(("total", f"{sum(facts['parameters'].values()):,} parameters"))

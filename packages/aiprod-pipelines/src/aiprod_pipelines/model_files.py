@@ -26,9 +26,13 @@ from aiprod_pipelines.request import ModelProfile, PerModality
 
 logger = logging.getLogger(__name__)
 
+# Names of files in the package aiprod_nano. All but the first are made of it where they are wanted
+# (`aiprod models convert`): together they would be three times what ships.
 BUNDLED = {
-    "nano": ("aiprod_nano", "nano-dev.safetensors"),
-    "nano-distilled": ("aiprod_nano", "nano-distilled.safetensors"),
+    "nano": "nano-dev.safetensors",
+    "nano-dev-fp8": "nano-dev-fp8.safetensors",
+    "nano-distilled": "nano-distilled.safetensors",
+    "nano-distilled-fp8": "nano-distilled-fp8.safetensors",
 }
 
 COMPONENT_PREFIXES = {
@@ -67,16 +71,20 @@ def resolve_model(model: str, text_encoder: str | Path | None = None) -> list[Pa
 
 
 def _bundled_path(name: str) -> Path:
-    package, file_name = BUNDLED[name]
     try:
-        path = Path(str(importlib.resources.files(package) / file_name))
+        path = Path(str(importlib.resources.files("aiprod_nano") / BUNDLED[name]))
     except ModuleNotFoundError:
         raise InputError(
             f"{name}: its weights are not installed; run pip install packages/aiprod-nano, or give "
             "another --model."
         ) from None
+    if not path.is_file() and name != "nano":
+        raise InputError(
+            f"{name}: to be made of nano; run `aiprod models convert nano {path.parent} --variant "
+            f"{name.removeprefix('nano-')}`, a matter of seconds."
+        )
     if not path.is_file():
-        raise InputError(f"{name}: {path.parent} has no {file_name}; give another --model.")
+        raise InputError(f"{name}: {path.parent} has no {path.name}; give another --model.")
     return path
 
 
@@ -317,14 +325,20 @@ def available_models() -> list[dict[str, Any]]:
     found = []
     for name in BUNDLED:
         try:
-            size = _bundled_path(name).stat().st_size
-            found.append({"name": name, "bytes": size, "note": "ships with AIPROD, runs on a CPU"})
+            path = _bundled_path(name)
+            parameters = sum(count_parameters(open_checkpoint(path)).values())
+            entry = {"name": name, "bytes": path.stat().st_size, "parameters": parameters}
+            note = "ships with AIPROD, runs on a CPU" if name == "nano" else "made of nano"
+            found.append({**entry, "note": note})
         except InputError as error:
-            found.append({"name": name, "bytes": None, "note": str(error).split("; ")[0]})
+            note = str(error).removeprefix(f"{name}: ").split("; ")[0]
+            found.append({"name": name, "bytes": None, "parameters": None, "note": note})
     for repo_id, file_name, path in _cached_files():
         try:
-            if "transformer" in _components(open_checkpoint(path)):
+            checkpoint = open_checkpoint(path)
+            if "transformer" in _components(checkpoint):
                 entry = {"name": f"{repo_id}/{file_name}", "bytes": path.stat().st_size}
+                entry["parameters"] = sum(count_parameters(checkpoint).values())
                 found.append({**entry, "note": "in the hub cache"})
         except CheckpointError:
             continue  # half a download: it is not available
@@ -332,7 +346,7 @@ def available_models() -> list[dict[str, Any]]:
 
 
 def describe_model(model: str) -> dict[str, Any]:
-    """Version, grid, defaults, precision and parameter counts of a model, from its headers."""
+    """A model's version, grid, defaults, precision, parameters and scores, from its headers."""
     checkpoint = open_checkpoint(*resolve_model(model))
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values()})
     facts: dict[str, Any] = {
@@ -344,6 +358,7 @@ def describe_model(model: str) -> dict[str, Any]:
         "text_encoder": (checkpoint.config.get("text_encoder") or {}).get("type", "gemma3"),
         "parameters": count_parameters(checkpoint),
         "defaults": {},
+        "scores": checkpoint.metadata.get("scores") or {},  # of `aiprod eval`, where it was noted
     }
     if "transformer" not in checkpoint.config or "vae" not in checkpoint.config:
         return facts  # a part of a model: it has no grid or defaults of its own

@@ -6,6 +6,7 @@
         --transformer runs/transformer --generation configs/nano/generation.yaml \\
         --out nano-dev.safetensors
     python -m aiprod_trainer.export upsampler --run runs/spatial --out FILE
+    python -m aiprod_trainer.export scores --model nano-dev.safetensors --scores scores.json
 
 `codecs` also measures the statistics that normalise the latents, on clips of the world. Averaged
 weights are exported, in float16 unless asked otherwise.
@@ -20,6 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aiprod_core.errors import InputError
@@ -45,7 +48,7 @@ from aiprod_trainer.train_audio_codec import AudioVAE
 from aiprod_trainer.train_base import TextToClip
 from aiprod_trainer.train_video_codec import VideoVAE
 from aiprod_trainer.world.render import render
-from aiprod_trainer.world.scene import sample_scene
+from aiprod_trainer.world.scene import WORLDS, sample_scene
 from aiprod_trainer.world.sound import synthesise
 
 MODEL_VERSION = "2.3.0"  # nano follows LTX-2.3: gated attention, modulated text, own projections
@@ -74,16 +77,27 @@ def main(argv: list[str] | None = None) -> int:
     model.add_argument(
         "--generation", type=Path, required=True, help="YAML with the settings to generate with"
     )
+    model.add_argument(
+        "--world", choices=WORLDS, default="v1", help="that it was trained on; `eval` asks for it"
+    )
     upsampler = commands.add_parser("upsampler", help="a latent upsampler, in a file of its own")
     upsampler.add_argument("--run", type=Path, required=True, help="run of train_upsampler")
+    scores = commands.add_parser(
+        "scores", help="write what `aiprod eval --json` found into a model's header"
+    )
+    scores.add_argument("--model", type=Path, required=True, help="the file that is changed")
+    scores.add_argument("--scores", type=Path, required=True, help="what `eval` wrote")
     for command in (codecs, model, upsampler):
         command.add_argument("--out", type=Path, required=True)
         command.add_argument("--dtype", choices=("float16", "float32"), default="float16")
     arguments = parser.parse_args(argv)
     try:
-        {"codecs": export_codecs, "model": export_model, "upsampler": export_upsampler}[
-            arguments.command
-        ](arguments)
+        {
+            "codecs": export_codecs,
+            "model": export_model,
+            "upsampler": export_upsampler,
+            "scores": write_scores,
+        }[arguments.command](arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -167,7 +181,12 @@ def export_model(arguments: argparse.Namespace) -> None:
             (key_maps.TRANSFORMER, model.transformer),
             (key_maps.TEXT_PROJECTOR, model.projector),
         ],
-        {"model_version": MODEL_VERSION, "config": config, "generation": generation},
+        {
+            "model_version": MODEL_VERSION,
+            "config": config,
+            "generation": generation,
+            "world": arguments.world,
+        },
         dtype=getattr(torch, arguments.dtype),
     )
 
@@ -183,6 +202,22 @@ def export_upsampler(arguments: argparse.Namespace) -> None:
         {"model_version": MODEL_VERSION, "config": config.to_metadata()},
         dtype=getattr(torch, arguments.dtype),
     )
+
+
+def write_scores(arguments: argparse.Namespace) -> None:
+    """Puts an evaluation's single figures into the header, for `aiprod models show`."""
+    path = arguments.model
+    try:
+        found = json.loads(arguments.scores.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{arguments.scores}: {error}; give what `eval --json` wrote.") from error
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    scores = {key: value for key, value in found.items() if isinstance(value, int | float | str)}
+    metadata["scores"] = json.dumps(scores)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(load_file(path), temporary, metadata=metadata)
+    temporary.replace(path)
 
 
 def _measure_statistics(

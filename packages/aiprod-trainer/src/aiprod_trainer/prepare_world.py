@@ -10,7 +10,7 @@ made, and `--part-range` lets two processes share the work. The layout is data.p
 
 For a LoRA, `--only camera="dolly in"` keeps an attribute of all scenes; for an IC-LoRA,
 `--references canny depth pose detailer` adds what it is shown, as `reference_canny` and so on.
-`object_cells` marks the latent cells in which an object is seen, for `train_base`'s `object_weight`.
+`object_cells` marks the latent cells in which an object is seen (`object_weight` of train_base).
 """
 
 import argparse
