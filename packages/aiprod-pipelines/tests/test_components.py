@@ -1,5 +1,6 @@
 """Finding a model by its name, and what its header tells."""
 
+import os
 import re
 import shutil
 from pathlib import Path
@@ -136,3 +137,7 @@ def test_a_variant_of_nano_is_made_where_its_error_says_and_found_there(
     assert resolve_model("nano-dev-fp8") == [tmp_path / "nano-dev-fp8.safetensors"]
     made = {entry["name"]: entry for entry in model_files.available_models()}["nano-dev-fp8"]
     assert made["bytes"] and made["parameters"] == notes["nano"]["parameters"]
+    shipped = tmp_path / "nano-dev.safetensors"
+    os.utime(shipped, (shipped.stat().st_atime, shipped.stat().st_mtime + 10))
+    with pytest.raises(InputError, match="of an older nano"):
+        resolve_model("nano-dev-fp8")

@@ -78,13 +78,16 @@ def _bundled_path(name: str) -> Path:
             f"{name}: its weights are not installed; run pip install packages/aiprod-nano, or give "
             "another --model."
         ) from None
-    if not path.is_file() and name != "nano":
+    shipped = path.with_name(BUNDLED["nano"])
+    if not shipped.is_file():
+        raise InputError(f"{name}: {path.parent} has no {shipped.name}; give another --model.")
+    if not path.is_file():
         raise InputError(
             f"{name}: to be made of nano; run `aiprod models convert nano {path.parent} --variant "
             f"{name.removeprefix('nano-')}`, a matter of seconds."
         )
-    if not path.is_file():
-        raise InputError(f"{name}: {path.parent} has no {path.name}; give another --model.")
+    if path.stat().st_mtime < shipped.stat().st_mtime:
+        raise InputError(f"{path}: made of an older nano; remove it and make it again.")
     return path
 
 
