@@ -76,19 +76,23 @@ nano-cameras: $(VENV)/run.stamp ## train nano: a LoRA for each camera move
 		OMP_NUM_THREADS=1 $(BIN)/aiprod train configs/nano/lora_camera.yaml \
 			--set model.model_path=runs/nano/nano-dev.safetensors \
 			--set data.preprocessed_data_root=runs/latents/v2/$$camera \
-			--set output_dir=runs/nano-lora-camera-control-$$camera || exit 1; done
+			--set output_dir=runs/nano-lora-camera-control-$$camera && \
+		cp $$(ls -d runs/nano-lora-camera-control-$$camera/checkpoints/step-* | tail -1)/lora.safetensors \
+			runs/nano/nano-lora-camera-control-$$camera.safetensors || exit 1; done
 
 # Each starts where the one before ended: to sharpen a blurred clip teaches a LoRA to read what it is
 # shown, from which depth, pose and edges are a smaller step than from nothing.
 nano-controls: $(VENV)/run.stamp ## train nano: IC-LoRAs that follow a blurred clip, depth, a pose, edges
 	$(PREPARE) runs/nano/nano-dev.safetensors --out runs/controls/v1 --clips 512 --captions 4 \
 		--references canny depth pose detailer --seed 21
-	start=; for kind in detailer depth pose canny; do \
+	start=; for kind in detailer depth-control pose-control canny-control; do \
 		OMP_NUM_THREADS=1 $(BIN)/aiprod train configs/nano/ic_lora.yaml \
 			--set model.model_path=runs/nano/nano-dev.safetensors $$start \
-			--set training_strategy.reference_latents_dir=reference_$$kind \
-			--set output_dir=runs/nano-ic-lora-$$kind-control || exit 1; \
-		start="--set model.load_checkpoint=runs/nano-ic-lora-$$kind-control"; done
+			--set training_strategy.reference_latents_dir=reference_$${kind%-control} \
+			--set output_dir=runs/nano-ic-lora-$$kind && \
+		cp $$(ls -d runs/nano-ic-lora-$$kind/checkpoints/step-* | tail -1)/lora.safetensors \
+			runs/nano/nano-ic-lora-$$kind.safetensors || exit 1; \
+		start="--set model.load_checkpoint=runs/nano-ic-lora-$$kind"; done
 
 nano-tiny-decoder: $(VENV)/run.stamp ## train nano: its decoder for previews
 	$(TRAINER).train_tiny_decoder configs/nano/tiny_decoder.yaml --out runs/tiny_decoder

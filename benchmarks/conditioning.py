@@ -2,6 +2,7 @@
 
     python benchmarks/conditioning.py --count 24 --json conditioning.json
     python benchmarks/conditioning.py --parts image canny
+    python benchmarks/conditioning.py --parts camera --size 128
 
 Prompts are captions of scenes of the world that no training drew, in the training's words; a
 clip's seed is its number.
@@ -16,7 +17,9 @@ for depth and pose the mean distance of the object's track from the true one in 
 the detailer the PSNR to the render in dB.
 
 camera: with each camera LoRA beside the model, the share of clips whose camera is as asked, by the
-world's judge; the prompt does not name it. What has no LoRA beside the model is skipped and named.
+world's judge, beside the share without it (`_without`). Prompts are of world v2 and name a background
+with a texture, before which a move can be seen, and no camera. What has no LoRA beside the model is
+skipped and named.
 """
 
 import argparse
@@ -35,6 +38,7 @@ from aiprod_core.errors import InputError
 from aiprod_pipelines import decoding, encoding, media
 from aiprod_pipelines.catalog import find_pipeline
 from aiprod_pipelines.clip import Clip
+from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import CAMERAS, ControlCondition, ImageCondition
 from aiprod_trainer.evaluation.prompts import Prompt
@@ -42,7 +46,7 @@ from aiprod_trainer.world.captions import describe
 from aiprod_trainer.world.ground_truth import body_track, edges
 from aiprod_trainer.world.judge import Verdict, agreement, judge
 from aiprod_trainer.world.render import render
-from aiprod_trainer.world.scene import Scene, sample_scene
+from aiprod_trainer.world.scene import TEXTURED_BACKGROUNDS, Scene, sample_scene
 
 CONTROLS = ("canny", "depth", "pose", "detailer")
 
@@ -56,19 +60,24 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
     parser.add_argument("--count", type=int, default=24, help="clips of each kind")
     parser.add_argument("--seed", type=int, default=2026)
+    parser.add_argument("--size", type=int, help="pixels; default: the model's own")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     prompts = prompts_of(options.count, options.seed)
-    result: dict[str, Any] = {"model": options.model, "clips": options.count, "skipped": []}
+    side = options.size or ModelSet.open(options.model, device="cpu").profile.height
+    result: dict[str, Any] = {"model": options.model, "clips": options.count, "size": side}
+    result["skipped"] = []
     with tempfile.TemporaryDirectory() as folder:
         for part in options.parts:
             try:
                 if part == "image":
-                    result |= first_images(options.model, prompts, Path(folder))
+                    result |= first_images(options.model, prompts, side, Path(folder))
                 elif part == "camera":
-                    result |= cameras(options.model, prompts, result["skipped"])
+                    result |= cameras(
+                        options.model, options.count, options.seed, side, result["skipped"]
+                    )
                 else:
-                    result |= control(options.model, part, prompts, Path(folder))
+                    result |= control(options.model, part, prompts, side, Path(folder))
             except InputError as error:
                 result["skipped"].append(f"{part}: {error}")
             print(json.dumps(result, indent=1), file=sys.stderr, flush=True)
@@ -92,15 +101,16 @@ def scene_of(prompt: Prompt) -> Scene:
     return prompt.scene
 
 
-def first_images(model: str, prompts: list[Prompt], folder: Path) -> dict[str, Any]:
+def first_images(model: str, prompts: list[Prompt], side: int, folder: Path) -> dict[str, Any]:
     pipeline = find_pipeline("one-stage").from_model(model)
-    side = pipeline.models.profile.height
+    settings: dict[str, Any] = {"height": side, "width": side}
     psnrs, coded, present, right = [], [], [], []
     for number, prompt in enumerate(prompts):
         scene = scene_of(prompt)
         truth = render(scene, side)
         Image.fromarray(truth[0]).save(folder / "first.png")
-        clip = pipeline(prompt.text, seed=number, images=(ImageCondition(folder / "first.png"),))
+        image = ImageCondition(folder / "first.png")
+        clip = pipeline(prompt.text, seed=number, images=(image,), **settings)
         frames, verdict = seen(clip)
         psnrs.append(psnr(frames[0], truth[0]))
         latent = encoding.encode_frames(pipeline.models, truth[:1], Progress())
@@ -117,11 +127,12 @@ def first_images(model: str, prompts: list[Prompt], folder: Path) -> dict[str, A
     }
 
 
-def control(model: str, kind: str, prompts: list[Prompt], folder: Path) -> dict[str, Any]:
+def control(
+    model: str, kind: str, prompts: list[Prompt], side: int, folder: Path
+) -> dict[str, Any]:
     """The mean adherence with the control, without it, and in how many clips it is the better."""
     followed = find_pipeline("ic-lora").from_model(model)
     free = find_pipeline("distilled").from_model(model)
-    side = followed.models.profile.height
     adherence, is_better = ADHERENCE[kind]
     pairs = []
     for number, prompt in enumerate(prompts):
@@ -142,21 +153,39 @@ def control(model: str, kind: str, prompts: list[Prompt], folder: Path) -> dict[
     }
 
 
-def cameras(model: str, prompts: list[Prompt], skipped: list[str]) -> dict[str, Any]:
+def cameras(model: str, count: int, seed: int, side: int, skipped: list[str]) -> dict[str, Any]:
     pipeline = find_pipeline("one-stage").from_model(model)
     result: dict[str, Any] = {}
     for camera in CAMERAS:
-        right = []
-        for number, prompt in enumerate(prompts):
-            try:
-                clip = pipeline(prompt.text, seed=number, camera=camera)
-            except InputError as error:
-                skipped.append(f"camera {camera}: {error}")
-                break
-            right.append(seen(clip)[1].camera == camera.replace("-", " "))
-        else:
-            result[f"camera_{camera.replace('-', '_')}"] = share(right)
+        asked = camera.replace("-", " ")
+        rng = np.random.default_rng([seed, 12])  # no training draws from such a pair
+        right, free = [], []
+        try:
+            for number in range(count):
+                settings: dict[str, Any] = {"seed": number, "height": side, "width": side}
+                text = cameraless_prompt(asked, rng)
+                moved = pipeline(text, camera=camera, **settings)
+                right.append(seen(moved)[1].camera == asked)
+                free.append(seen(pipeline(text, **settings))[1].camera == asked)
+        except InputError as error:
+            skipped.append(f"camera {camera}: {error}")
+            continue
+        key = f"camera_{camera.replace('-', '_')}"
+        result |= {key: share(right), f"{key}_without": share(free)}
     return result
+
+
+def cameraless_prompt(camera: str, rng: np.random.Generator) -> str:
+    """Of a scene in which this camera can be seen, and that does not say so."""
+    while True:
+        background = str(rng.choice(tuple(TEXTURED_BACKGROUNDS)))
+        try:
+            scene = sample_scene(rng, world="v2", camera=camera, background=background)
+        except InputError:
+            continue  # not every object stays in view
+        caption = describe(scene, rng)
+        if "background" in caption.stated and "camera" not in caption.stated:
+            return caption.text
 
 
 def seen(clip: Clip) -> tuple[np.ndarray, Verdict]:
