@@ -17,9 +17,9 @@ for depth and pose the mean distance of the object's track from the true one in 
 the detailer the PSNR to the render in dB.
 
 camera: with each camera LoRA beside the model, the share of clips whose camera is as asked, by the
-world's judge, beside the share without it (`_without`). Prompts are of world v2 and name a background
-with a texture, before which a move can be seen, and no camera. What has no LoRA beside the model is
-skipped and named.
+world's judge, beside the share without it (`_without`). Prompts are of world v2 and name a
+background with a texture, before which a move can be seen, and no camera. What has no LoRA beside the
+model is skipped and named.
 """
 
 import argparse
