@@ -18,8 +18,8 @@ the detailer the PSNR to the render in dB.
 
 camera: with each camera LoRA beside the model, the share of clips whose camera is as asked, by the
 world's judge, beside the share without it (`_without`). Prompts are of world v2 and name a
-background with a texture, before which a move can be seen, and no camera. What has no LoRA beside the
-model is skipped and named.
+background with a texture, before which a move can be seen, and no camera. What has no LoRA beside
+the model is skipped and named.
 """
 
 import argparse
