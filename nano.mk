@@ -4,7 +4,7 @@ TRAINER := OMP_NUM_THREADS=1 $(BIN)/python -m aiprod_trainer
 TEXT_ENCODER := packages/aiprod-nano/src/aiprod_nano/text_encoder
 
 .PHONY: nano nano-first nano-codecs nano-transformer nano-upscalers nano-distilled nano-reward \
-	nano-cameras nano-controls nano-tiny-decoder nano-variants
+	nano-world-v2 nano-cameras nano-controls nano-tiny-decoder nano-variants
 
 nano: nano-first nano-codecs nano-transformer nano-upscalers nano-distilled nano-reward nano-cameras \
 	nano-controls nano-tiny-decoder ## train nano from nothing, all of it
@@ -34,24 +34,13 @@ nano-codecs: $(VENV)/run.stamp ## train nano: its video codec on, at 64 and 128 
 
 PREPARE := $(TRAINER).prepare_world --text-encoder $(TEXT_ENCODER) --checkpoint
 
-# World v2's clips of 64 pixels are made a camera at a time, so that the camera LoRAs can take their own.
-CAMERAS := static dolly-in dolly-out dolly-left dolly-right jib-up jib-down
-
-nano-transformer: $(VENV)/run.stamp ## train nano: its transformer on, with many words, at two sizes, then in world v2
-	$(PREPARE) runs/codecs.safetensors --out runs/latents/64 --clips 1536 --captions 6 --seed 31
-	$(PREPARE) runs/codecs.safetensors --out runs/latents/128 --size 128 --clips 1280 --captions 6 --seed 51
-	$(TRAINER).train_base configs/nano/transformer_two_sizes.yaml --out runs/v1/transformer
-	$(TRAINER).export model --codecs runs/codecs.safetensors --transformer runs/v1/transformer \
-		--generation configs/nano/generation.yaml --out runs/v1/nano-dev.safetensors
-	for camera in $(CAMERAS); do \
-		$(PREPARE) runs/codecs.safetensors --out runs/latents/v2/$$camera --world v2 \
-			--only camera="$$(echo $$camera | tr - ' ')" --clips 256 --captions 6 --seed 61 || exit 1; done
-	$(PREPARE) runs/codecs.safetensors --out runs/latents/v2/128 --world v2 --size 128 --clips 768 \
-		--captions 6 --seed 71
-	$(TRAINER).train_base configs/nano/transformer_two_worlds.yaml --out runs/transformer
+nano-transformer: $(VENV)/run.stamp ## train nano: its transformer on, with many words, at two sizes
+	$(PREPARE) runs/codecs.safetensors --out runs/latents/64 --clips 4096 --captions 6 --seed 31
+	$(PREPARE) runs/codecs.safetensors --out runs/latents/128 --size 128 --clips 3072 --captions 4 --seed 51
+	$(TRAINER).train_base configs/nano/transformer_two_sizes.yaml --out runs/transformer
 	mkdir -p runs/nano && cp -r $(TEXT_ENCODER) runs/nano/
 	$(TRAINER).export model --codecs runs/codecs.safetensors --transformer runs/transformer \
-		--generation configs/nano/generation.yaml --world v2 --out runs/nano/nano-dev.safetensors
+		--generation configs/nano/generation.yaml --out runs/nano/nano-dev.safetensors
 
 nano-upscalers: $(VENV)/run.stamp ## train nano: its upscalers, in space and in time
 	$(TRAINER).train_upsampler configs/nano/spatial_upscaler.yaml --out runs/spatial
@@ -71,11 +60,26 @@ nano-reward: $(VENV)/run.stamp ## train nano: the reward model that judges laten
 		--set model=runs/nano/nano-dev.safetensors
 	cp runs/reward/nano-reward.safetensors runs/nano/
 
-nano-cameras: $(VENV)/run.stamp ## train nano: a LoRA for each camera move
+CAMERAS := static dolly-in dolly-out dolly-left dolly-right jib-up jib-down
+
+nano-world-v2: $(VENV)/run.stamp ## make clips of world v2, a camera at a time, at both sizes
+	for camera in $(CAMERAS); do \
+		only="$$(echo $$camera | tr - ' ')"; \
+		$(PREPARE) runs/codecs.safetensors --out runs/v2/$$camera/64 --world v2 \
+			--only camera="$$only" --clips 256 --captions 6 --seed 61 && \
+		$(PREPARE) runs/codecs.safetensors --out runs/v2/$$camera/128 --world v2 --size 128 \
+			--only camera="$$only" --clips 128 --captions 6 --seed 71 || exit 1; done
+
+# First one LoRA of all cameras, which teaches the textures and motions of world v2, then each from it.
+nano-cameras: nano-world-v2 ## train nano: a LoRA for each camera move
+	OMP_NUM_THREADS=1 $(BIN)/aiprod train configs/nano/lora_camera.yaml \
+		--set model.model_path=runs/nano/nano-dev.safetensors --set optimization.steps=300 \
+		--set data.preprocessed_data_root=runs/v2 --set output_dir=runs/nano-lora-world-v2
 	for camera in $(CAMERAS); do \
 		OMP_NUM_THREADS=1 $(BIN)/aiprod train configs/nano/lora_camera.yaml \
 			--set model.model_path=runs/nano/nano-dev.safetensors \
-			--set data.preprocessed_data_root=runs/latents/v2/$$camera \
+			--set model.load_checkpoint=runs/nano-lora-world-v2 \
+			--set data.preprocessed_data_root=runs/v2/$$camera \
 			--set output_dir=runs/nano-lora-camera-control-$$camera && \
 		cp $$(ls -d runs/nano-lora-camera-control-$$camera/checkpoints/step-* | tail -1)/lora.safetensors \
 			runs/nano/nano-lora-camera-control-$$camera.safetensors || exit 1; done
@@ -85,7 +89,7 @@ nano-cameras: $(VENV)/run.stamp ## train nano: a LoRA for each camera move
 nano-controls: $(VENV)/run.stamp ## train nano: IC-LoRAs that follow a blurred clip, depth, a pose, edges
 	$(PREPARE) runs/nano/nano-dev.safetensors --out runs/controls/v1 --clips 512 --captions 4 \
 		--references canny depth pose detailer --seed 21
-	start=; for kind in detailer depth-control pose-control canny-control; do \
+	start="--set optimization.steps=150"; for kind in detailer depth-control pose-control canny-control; do \
 		OMP_NUM_THREADS=1 $(BIN)/aiprod train configs/nano/ic_lora.yaml \
 			--set model.model_path=runs/nano/nano-dev.safetensors $$start \
 			--set training_strategy.reference_latents_dir=reference_$${kind%-control} \

@@ -11,10 +11,10 @@ image: the first frame of the scene's true render is given. `first_frame_psnr_db
 clips of the first frame's PSNR to it, beside that of the codec alone; `image_motion_present` the
 share in which something moves, `image_motion_right` that of the stated motions that are right.
 
-canny, depth, pose, detailer: the true render is the reference, and each clip is made with it and
-without, from the same prompt and seed. Adherence is the F1 of Canny edges (within a pixel at 64),
-for depth and pose the mean distance of the object's track from the true one in frame widths, for
-the detailer the PSNR to the render in dB.
+canny, depth, pose, detailer: the true render is the reference (of depth and pose what the scene's
+truth says of them), and each clip is made with it and without, from the same prompt and seed.
+Adherence is the F1 of Canny edges (within a pixel at 64), for depth and pose the mean distance of
+the object's track from the true one in frame widths, for the detailer the PSNR to the render in dB.
 
 camera: with each camera LoRA beside the model, the share of clips whose camera is as asked, by the
 world's judge, beside the share without it (`_without`). Prompts are of world v2 and name a
@@ -42,6 +42,7 @@ from aiprod_pipelines.components import ModelSet
 from aiprod_pipelines.progress import Progress
 from aiprod_pipelines.request import CAMERAS, ControlCondition, ImageCondition
 from aiprod_trainer.evaluation.prompts import Prompt
+from aiprod_trainer.prepare_world import REFERENCES
 from aiprod_trainer.world.captions import describe
 from aiprod_trainer.world.ground_truth import body_track, edges
 from aiprod_trainer.world.judge import Verdict, agreement, judge
@@ -137,8 +138,11 @@ def control(
     pairs = []
     for number, prompt in enumerate(prompts):
         scene = scene_of(prompt)
-        media.write_video(folder / "true.mp4", [render(scene, side)], scene.fps, crf=4)
-        reference = ControlCondition(kind, folder / "true.mp4")
+        shown, named = render(scene, side), kind
+        if kind in ("depth", "pose"):
+            shown, named = REFERENCES[kind](scene, shown), f"{kind}-made"
+        media.write_video(folder / "shown.mp4", [shown], scene.fps, crf=4)
+        reference = ControlCondition(named, folder / "shown.mp4")
         settings = {"seed": number, "height": side, "width": side, "skip_stage_2": True}
         clips = (
             followed(prompt.text, controls=(reference,), **settings),
@@ -172,6 +176,7 @@ def cameras(model: str, count: int, seed: int, side: int, skipped: list[str]) ->
             continue
         key = f"camera_{camera.replace('-', '_')}"
         result |= {key: share(right), f"{key}_without": share(free)}
+        print(key, result[key], result[f"{key}_without"], file=sys.stderr, flush=True)
     return result
 
 

@@ -213,6 +213,7 @@ def write_scores(arguments: argparse.Namespace) -> None:
         raise InputError(f"{arguments.scores}: {error}; give what `eval --json` wrote.") from error
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
+    found.pop("model", None)  # where the file lay then
     scores = {key: value for key, value in found.items() if isinstance(value, int | float | str)}
     metadata["scores"] = json.dumps(scores)
     temporary = path.with_name(path.name + ".tmp")
