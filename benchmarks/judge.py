@@ -7,8 +7,8 @@ Every attribute of every scene is asked, whatever a caption would say. "file" ju
 after a round trip through H.264 and AAC, as `aiprod eval` judges generated clips; "damaged" is
 blurred and noisy like a codec's output. "codec" has gone through the video codec of `--model`,
 beyond whose picture no transformer gets; it is no part of the default or the goal. Shares lie in
-[0, 1]; `sync` is the share of clips whose sound and picture are found within 40 ms of each other, as
-they are.
+[0, 1]; `sync` is the share of clips whose sound and picture are found within 40 ms of each other,
+as they are.
 """
 
 import argparse
