@@ -115,3 +115,18 @@ def test_modulation_reads_the_embedding_through_silu():
     modulation, embedding = adaln(torch.tensor([[10.0], [700.0]]))
     assert modulation.shape == (2, 1, 3, 8)
     torch.testing.assert_close(modulation.flatten(2), adaln.linear(F.silu(embedding)))
+
+
+def test_a_training_in_16_bits_attends_in_32():
+    q, k, v = (torch.randn(2, 3, n, 8).bfloat16().requires_grad_() for n in (5, 7, 7))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(q, k, v)
+    out.float().sum().backward()
+    wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
+    want = attention(*wide)
+    want.sum().backward()
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, want.bfloat16(), rtol=0, atol=0)  # rounded once, at the end
+    for ours, theirs in zip((q, k, v), wide, strict=True):
+        assert theirs.grad is not None
+        torch.testing.assert_close(ours.grad, theirs.grad.bfloat16(), rtol=1e-2, atol=1e-3)

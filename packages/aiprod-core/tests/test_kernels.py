@@ -160,6 +160,7 @@ def test_a_transformer_with_kernels_computes_the_same(
         ("winograd", 48, 48, 5, 16, 16),
         ("product", 400, 390, 1, 2, 3),
         ("product", 400, 390, 3, 4, 4),
+        ("onednn", 48, 96, 3, 4, 5),
     ],
 )
 def test_a_convolution_in_another_form_is_the_direct_one(

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from aiprod_core.loader.checkpoint import open_checkpoint
 from aiprod_core.loader.networks import load_video_decoder, load_video_encoder
 from aiprod_core.types import ScaleFactors
-from aiprod_trainer import export, prepare_world, train_video_codec
-from aiprod_trainer.data import Batch
-from aiprod_trainer.train_base import losses_at
+from aiprod_trainer import export, prepare_world, train_base, train_video_codec
+from aiprod_trainer.data import Batch, LatentDataset
+from aiprod_trainer.train_base import BaseTrainingConfig, losses_at
 from aiprod_trainer.train_video_codec import VideoCodecConfig, clips, train
 from aiprod_trainer.world.render import object_mask
 from aiprod_trainer.world.scene import sample_scene
@@ -24,6 +24,7 @@ from aiprod_trainer.world.scene import sample_scene
 def tiny_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with latent statistics that are not the identity."""
     path = tmp_path_factory.mktemp("scaled") / tiny_model.name
+    (path.parent / "text_encoder").symlink_to(tiny_model.parent / "text_encoder")
     with safe_open(tiny_model, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(tiny_model)
@@ -142,3 +143,60 @@ def test_cells_with_the_object_count_more_by_the_weight_asked_for():
     each = velocity.square().mean(dim=-1)[0]
     expected = (each[0] + each[1] + 4 * each[2] + each[3]) / 7
     torch.testing.assert_close(found, expected)
+
+
+@pytest.fixture
+def base_config(tiny_model: Path, latents: Path) -> BaseTrainingConfig:
+    checkpoint = open_checkpoint(tiny_model)
+    return BaseTrainingConfig(
+        transformer=checkpoint.section("transformer"),
+        text_encoder=checkpoint.section("text_encoder"),
+        codecs=tiny_model,
+        start=tiny_model,
+        latents=latents,
+        batch_size=4,
+        steps=2,
+        warmup_steps=1,
+        compile=False,
+    )
+
+
+def test_a_transformer_goes_on_in_16_bits_from_the_same_loss(
+    base_config: BaseTrainingConfig, tmp_path: Path
+):
+    def first_loss(precision: str) -> float:
+        folder = tmp_path / precision
+        trained = train_base.train(base_config.model_copy(update={"precision": precision}), folder)
+        assert all(p.dtype == torch.float32 for p in trained.parameters())
+        return json.loads((folder / "log.jsonl").read_text().splitlines()[0])["loss"]
+
+    wide, half = first_loss("float32"), first_loss("bfloat16")
+    assert half != wide
+    assert half == pytest.approx(wide, rel=0.02)
+
+
+def test_processes_that_share_a_step_draw_from_one_bucket(
+    base_config: BaseTrainingConfig, tmp_path: Path, make_part, monkeypatch: pytest.MonkeyPatch
+):
+    for size in (3, 4):
+        make_part(tmp_path / f"latents/{size}/part-00000.safetensors", size=size)
+    config = base_config.model_copy(update={"latents": tmp_path / "latents", "steps": 8})
+
+    def sizes_drawn(rank: int) -> list[int]:
+        drawn = []
+        monkeypatch.setattr(
+            LatentDataset, "draw", lambda self, bucket, *_: drawn.append(bucket.shapes["video"][-1])
+        )
+        monkeypatch.setattr(train_base, "join", lambda: (rank, 2))
+        monkeypatch.setattr(train_base, "losses", lambda model, *_: [_still(model)] * 2)
+        for name in ("average_gradients", "muon_and_adamw"):
+            monkeypatch.setattr(train_base, name, lambda *_, **__: {})
+        train_base.train(config, tmp_path / f"run{rank}")
+        return drawn
+
+    assert sizes_drawn(0) == sizes_drawn(1)
+    assert set(sizes_drawn(2)) == {3, 4}
+
+
+def _still(model: torch.nn.Module) -> torch.Tensor:
+    return sum(p.sum() for p in model.parameters()) * 0  # type: ignore[return-value]

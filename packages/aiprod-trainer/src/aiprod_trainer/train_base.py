@@ -12,7 +12,7 @@ The processes average their gradients; the checkpoint does not depend on who wro
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,6 +62,7 @@ class BaseTrainingConfig(Section):
     first_frame_p: float = 0.1  # share of clips whose first latent frame is given
     caption_dropout: float = 0.1
     audio_weight: float = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"  # of products; weights are float32
     object_weight: float = 0.0  # extra weight of the latent cells in which an object is seen
     ema_decay: float = 0.999
     compile: bool = True
@@ -122,24 +123,28 @@ def train(config: BaseTrainingConfig, folder: Path) -> TextToClip:
         # Each bucket's shape for itself: code for any shape is slower.
         compile_blocks(model.transformer, dynamic=False)
     local_batch = config.batch_size // world_size
+    is_half = config.precision == "bfloat16"
     started = time.monotonic()
     for step in run.steps():
         rng = run.numpy_generator(step)
-        bucket = data.draw_bucket(rng)
+        # The same for all processes, which would wait for the one with the most work.
+        bucket = data.draw_bucket(np.random.default_rng([config.seed, step]))
         count = data.as_many_tokens(bucket, local_batch)
         batch = data.draw(bucket, [rng] * count, config.caption_dropout)
         set_learning_rate(
             optimizers.values(), warmup_then_linear_decay(step, config.steps, config.warmup_steps)
         )
-        video_loss, audio_loss = losses(model, batch, run.generator(step), config, scale)
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):
+            video_loss, audio_loss = losses(model, batch, run.generator(step), config, scale)
         loss = video_loss + config.audio_weight * audio_loss
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
         average_gradients(model, world_size)
         nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        for optimizer in optimizers.values():
-            optimizer.step()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_half):  # Muon's products too
+            for optimizer in optimizers.values():
+                optimizer.step()
         update_average(average, model, step, config.ema_decay)
         if step % 20 == 0:
             rate = 20 * config.batch_size / (time.monotonic() - started)
