@@ -14,7 +14,7 @@ from aiprod_core.loader.networks import load_video_decoder, load_video_encoder
 from aiprod_core.types import ScaleFactors
 from aiprod_trainer import export, prepare_world, train_base, train_video_codec
 from aiprod_trainer.data import Batch, LatentDataset
-from aiprod_trainer.train_base import BaseTrainingConfig, losses_at
+from aiprod_trainer.train_base import BaseTrainingConfig, drop_features, losses_at
 from aiprod_trainer.train_video_codec import VideoCodecConfig, clips, train
 from aiprod_trainer.world.render import object_mask
 from aiprod_trainer.world.scene import sample_scene
@@ -173,6 +173,17 @@ def test_a_transformer_goes_on_in_16_bits_from_the_same_loss(
     wide, half = first_loss("float32"), first_loss("bfloat16")
     assert half != wide
     assert half == pytest.approx(wide, rel=0.02)
+
+
+def test_half_of_the_captions_lose_features_of_all_their_tokens():
+    hidden = torch.ones(200, 5, 40, 3)
+    dropped = drop_features(hidden, 0.25, torch.Generator().manual_seed(0))
+    assert dropped.unique().tolist() == pytest.approx([0, 1, 4 / 3])
+    assert (dropped == dropped[:, :1]).all()
+    is_chosen = (dropped != 1).flatten(1).any(dim=1)
+    assert 70 < is_chosen.sum() < 130
+    assert (dropped[is_chosen] == 0).float().mean() == pytest.approx(0.25, abs=0.02)
+    assert dropped.mean() == pytest.approx(1, abs=0.02)
 
 
 def test_processes_that_share_a_step_draw_from_one_bucket(

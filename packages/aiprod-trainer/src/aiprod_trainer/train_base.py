@@ -61,6 +61,7 @@ class BaseTrainingConfig(Section):
     clean_share: float = 0.25
     first_frame_p: float = 0.1  # share of clips whose first latent frame is given
     caption_dropout: float = 0.1
+    feature_dropout: float = 0.0  # share of the text features that half of the captions lose
     audio_weight: float = 1.0
     precision: Literal["float32", "bfloat16"] = "float32"  # of products; weights are float32
     object_weight: float = 0.0  # extra weight of the latent cells in which an object is seen
@@ -191,9 +192,24 @@ def losses(
         clean_share=config.clean_share,
     )
     has_first_frame = bool(torch.rand((), generator=generator) < config.first_frame_p)
+    if config.feature_dropout:
+        hidden = drop_features(batch.text["hidden"], config.feature_dropout, generator)
+        batch = replace(batch, text={**batch.text, "hidden": hidden})
     return losses_at(
         model, batch, sigmas, has_first_frame, generator, config.fps, scale, config.object_weight
     )
+
+
+def drop_features(hidden: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Text states (B, S, D, L) without `share` of their features in half of the captions.
+
+    A word then cannot be known by one feature alone, which an unseen synonym may lack. What is left
+    is enlarged to the same mean (Srivastava et al., 2014); a caption's tokens lose the same.
+    """
+    count, _, *features = hidden.shape
+    is_lost = torch.rand(count, 1, *features, generator=generator) < share
+    is_chosen = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
+    return hidden * torch.where(is_chosen, ~is_lost / (1 - share), 1.0)
 
 
 def losses_at(
