@@ -13,7 +13,7 @@ help: ## show this list
 demo: $(VENV)/run.stamp ## make a clip with sound from a sentence, with the built-in nano model
 	mkdir -p outputs
 	$(BIN)/aiprod generate "a red rubber ball bounces on the floor, with a thud at each bounce" \
-		--model nano --pipeline two-stages --seed 14 --enlarge 4 -o outputs/demo.mp4
+		--model nano --pipeline two-stages --seed 4 --enlarge 4 -o outputs/demo.mp4
 
 test: $(VENV)/test.stamp ## run every default test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

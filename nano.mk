@@ -4,10 +4,10 @@ TRAINER := OMP_NUM_THREADS=1 $(BIN)/python -m aiprod_trainer
 TEXT_ENCODER := packages/aiprod-nano/src/aiprod_nano/text_encoder
 
 .PHONY: nano nano-first nano-codecs nano-transformer nano-upscaler nano-distilled nano-reward \
-	nano-temporal nano-world-v2 nano-cameras nano-controls nano-tiny-decoder nano-variants
+	nano-temporal nano-cameras nano-controls nano-tiny-decoder nano-variants
 
-nano: nano-first nano-codecs nano-transformer nano-upscaler nano-distilled nano-reward nano-controls \
-	nano-tiny-decoder ## train nano from nothing, all of it
+nano: nano-first nano-codecs nano-transformer nano-upscaler nano-temporal nano-distilled nano-reward \
+	nano-controls nano-tiny-decoder ## train nano from nothing, all of it
 
 nano-first: $(VENV)/run.stamp ## train nano: codecs, vocoder and transformer from nothing, at 64 pixels
 	$(TRAINER).train_video_codec configs/nano/video_codec.yaml --out runs/first/video_codec
@@ -34,21 +34,30 @@ nano-codecs: $(VENV)/run.stamp ## train nano: its video codec on, at 64 and 128 
 
 PREPARE := $(TRAINER).prepare_world --text-encoder $(TEXT_ENCODER) --checkpoint
 
-nano-transformer: $(VENV)/run.stamp ## train nano: its transformer on, with many words, at two sizes
+CAMERAS := static dolly-in dolly-out dolly-left dolly-right jib-up jib-down
+
+# The parts of latents/64 and latents/128 are there before those of world v2, which the second training
+# does not see.
+nano-transformer: $(VENV)/run.stamp ## train nano: its transformer on, with many words, at two sizes, in two worlds
 	$(PREPARE) runs/codecs.safetensors --out runs/latents/64 --clips 4096 --captions 6 --seed 31
 	$(PREPARE) runs/codecs.safetensors --out runs/latents/128 --size 128 --clips 3072 --captions 4 --seed 51
 	$(TRAINER).train_base configs/nano/transformer_two_sizes.yaml --out runs/transformer
-	mkdir -p runs/nano && cp -r $(TEXT_ENCODER) runs/nano/
 	$(TRAINER).export model --codecs runs/codecs.safetensors --transformer runs/transformer \
-		--generation configs/nano/generation.yaml --out runs/nano/nano-dev.safetensors
+		--generation configs/nano/generation.yaml --out runs/v1/nano-dev.safetensors
+	for camera in $(CAMERAS); do \
+		$(PREPARE) runs/codecs.safetensors --out runs/latents/v2/$$camera --world v2 --size 128 \
+			--only camera="$$(echo $$camera | tr - ' ')" --clips 256 --captions 6 --seed 71 || exit 1; done
+	$(TRAINER).train_base configs/nano/transformer_two_worlds.yaml --out runs/transformer_two_worlds
+	mkdir -p runs/nano && cp -r $(TEXT_ENCODER) runs/nano/
+	$(TRAINER).export model --codecs runs/codecs.safetensors --transformer runs/transformer_two_worlds \
+		--share 0.6 --generation configs/nano/generation.yaml --out runs/nano/nano-dev.safetensors
 
 nano-upscaler: $(VENV)/run.stamp ## train nano: its spatial upscaler
 	$(TRAINER).train_upsampler configs/nano/spatial_upscaler.yaml --out runs/spatial
 	$(TRAINER).export upsampler --run runs/spatial \
 		--out runs/nano/nano-spatial-upscaler-x2.safetensors
 
-# Not part of `nano`, for it does not ship: so far it is behind linear blending (docs/log.md).
-nano-temporal: $(VENV)/run.stamp ## train nano: its temporal upscaler, which does not ship yet
+nano-temporal: $(VENV)/run.stamp ## train nano: its temporal upscaler
 	$(TRAINER).train_upsampler configs/nano/temporal_upscaler.yaml --out runs/temporal
 	$(TRAINER).export upsampler --run runs/temporal \
 		--out runs/nano/nano-temporal-upscaler-x2.safetensors
@@ -63,27 +72,12 @@ nano-reward: $(VENV)/run.stamp ## train nano: the reward model that judges laten
 		--set model=runs/nano/nano-dev.safetensors
 	cp runs/reward/nano-reward.safetensors runs/nano/
 
-CAMERAS := static dolly-in dolly-out dolly-left dolly-right jib-up jib-down
-
-nano-world-v2: $(VENV)/run.stamp ## make clips of world v2, a camera at a time, at both sizes
-	for camera in $(CAMERAS); do \
-		only="$$(echo $$camera | tr - ' ')"; \
-		$(PREPARE) runs/codecs.safetensors --out runs/v2/$$camera/64 --world v2 \
-			--only camera="$$only" --clips 256 --captions 6 --seed 61 && \
-		$(PREPARE) runs/codecs.safetensors --out runs/v2/$$camera/128 --world v2 --size 128 \
-			--only camera="$$only" --clips 128 --captions 6 --seed 71 || exit 1; done
-
-# First one LoRA of all cameras, which teaches the textures and motions of world v2, then each from it.
-# Not part of `nano`, for they do not ship: textures come, no camera moves yet (docs/log.md).
-nano-cameras: nano-world-v2 ## train nano: a LoRA for each camera move, which do not ship yet
-	OMP_NUM_THREADS=1 $(BIN)/aiprod train configs/nano/lora_camera.yaml \
-		--set model.model_path=runs/nano/nano-dev.safetensors --set optimization.steps=300 \
-		--set data.preprocessed_data_root=runs/v2 --set output_dir=runs/nano-lora-world-v2
+# Not part of `nano`, for they do not ship: no camera moves yet (docs/log.md).
+nano-cameras: $(VENV)/run.stamp ## train nano: a LoRA for each camera move, which do not ship yet
 	for camera in $(CAMERAS); do \
 		OMP_NUM_THREADS=1 $(BIN)/aiprod train configs/nano/lora_camera.yaml \
 			--set model.model_path=runs/nano/nano-dev.safetensors \
-			--set model.load_checkpoint=runs/nano-lora-world-v2 \
-			--set data.preprocessed_data_root=runs/v2/$$camera \
+			--set data.preprocessed_data_root=runs/latents/v2/$$camera \
 			--set output_dir=runs/nano-lora-camera-control-$$camera && \
 		cp $$(ls -d runs/nano-lora-camera-control-$$camera/checkpoints/step-* | tail -1)/lora.safetensors \
 			runs/nano/nano-lora-camera-control-$$camera.safetensors || exit 1; done

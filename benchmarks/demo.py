@@ -46,7 +46,7 @@ def main() -> int:
 def generate(model: str, folder: Path) -> dict:
     started = time.perf_counter()
     command = [sys.executable, "-m", "aiprod_pipelines.cli", "generate", PROMPT]
-    command += ["--model", model, "--pipeline", "two-stages", "--seed", "14"]
+    command += ["--model", model, "--pipeline", "two-stages", "--seed", "4"]
     command += ["--enlarge", "4", "--json"]
     finished = subprocess.run(
         [*command, "-o", str(folder / "demo.mp4")], check=True, capture_output=True, text=True

@@ -50,6 +50,32 @@ def test_a_model_of_the_same_weights_is_written_whole_and_names_its_world(
     assert open_checkpoint(made).metadata["world"] == "v2"
 
 
+def test_a_model_may_stop_between_where_a_training_began_and_where_it_ended(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    checkpoint = open_checkpoint(tiny_model)
+    model = TextToClip(load_transformer(checkpoint), load_text_projector(checkpoint))
+    state = {f"average/{name}": tensor + 1 for name, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / "state.safetensors")
+    sections = {name: checkpoint.section(name) for name in ("transformer", "text_encoder")}
+    (tmp_path / "generation.yaml").write_text("{}\n")
+    made = tmp_path / "between.safetensors"
+    command = ["model", "--codecs", str(tiny_model), "--transformer", str(tmp_path)]
+    command += ["--generation", str(tmp_path / "generation.yaml"), "--dtype", "float32"]
+    command += ["--out", str(made), "--share"]
+    (tmp_path / "config.json").write_text(json.dumps(sections | {"start": None}))
+    assert export.main([*command, "0.25"]) == 2
+    (tmp_path / "config.json").write_text(json.dumps(sections | {"start": str(tiny_model)}))
+    assert export.main([*command, "1.5"]) == 2
+    assert "1.5 is not between 0 and 1" in capsys.readouterr().err
+    assert not made.exists()
+    assert export.main([*command, "0.25"]) == 0
+    before, after = load_file(tiny_model), load_file(made)
+    for name, tensor in after.items():
+        moved = 0 if name.startswith(("vae.", "audio_vae.", "vocoder.")) else 0.25
+        torch.testing.assert_close(tensor, before[name].float() + moved, rtol=0, atol=1e-6)
+
+
 def test_scores_are_noted_in_the_header_and_shown_without_a_change_of_weights(
     tiny_model: Path, tmp_path: Path
 ):

@@ -13,6 +13,7 @@ weights are exported, in float16 unless asked otherwise.
 """
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ from aiprod_core.model.vocoder import Vocoder, VocoderConfig
 from aiprod_pipelines.request import ModelProfile
 from aiprod_trainer.run import read_state
 from aiprod_trainer.train_audio_codec import AudioVAE
-from aiprod_trainer.train_base import TextToClip
+from aiprod_trainer.train_base import TextToClip, start_from
 from aiprod_trainer.train_video_codec import VideoVAE
 from aiprod_trainer.world.render import render
 from aiprod_trainer.world.scene import WORLDS, sample_scene
@@ -79,6 +80,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     model.add_argument(
         "--world", choices=WORLDS, default="v1", help="that it was trained on; `eval` asks for it"
+    )
+    model.add_argument(
+        "--share",
+        type=float,
+        default=1.0,
+        help="how far to go from the checkpoint that the run started from, 0 to 1; halfway a model "
+        "often keeps what it knew beside what it learnt",
     )
     upsampler = commands.add_parser("upsampler", help="a latent upsampler, in a file of its own")
     upsampler.add_argument("--run", type=Path, required=True, help="run of train_upsampler")
@@ -165,6 +173,8 @@ def export_model(arguments: argparse.Namespace) -> None:
         TextProjector(_text_config(training["transformer"], state)),
     )
     model.load_state_dict(state)
+    if arguments.share != 1:
+        _turn_back(model, training["start"], arguments.share)
     config = codecs.config | {
         "transformer": training["transformer"],
         "text_encoder": training["text_encoder"],
@@ -189,6 +199,20 @@ def export_model(arguments: argparse.Namespace) -> None:
         },
         dtype=getattr(torch, arguments.dtype),
     )
+
+
+@torch.no_grad()
+def _turn_back(model: TextToClip, start: str | None, share: float) -> None:
+    """Weights between those a run started from and those it ended with (Wortsman et al., 2022,
+    arXiv:2109.01903): the further training's gains with less of its losses."""
+    if not 0 <= share <= 1:
+        raise InputError(f"--share {share} is not between 0 and 1")
+    if start is None:
+        raise InputError("--share needs a run that went on from a checkpoint (its `start`)")
+    before = copy.deepcopy(model)
+    start_from(before, Path(start))
+    for new, old in zip(model.parameters(), before.parameters(), strict=True):
+        new.copy_(old.lerp(new, share))
 
 
 def export_upsampler(arguments: argparse.Namespace) -> None:
