@@ -174,7 +174,7 @@ def export_model(arguments: argparse.Namespace) -> None:
     )
     model.load_state_dict(state)
     if arguments.share != 1:
-        _turn_back(model, training["start"], arguments.share)
+        _turn_back(model, training.get("start"), arguments.share)
     config = codecs.config | {
         "transformer": training["transformer"],
         "text_encoder": training["text_encoder"],

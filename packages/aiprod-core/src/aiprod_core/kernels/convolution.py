@@ -4,7 +4,8 @@ Where there are pixels enough, Winograd's F(4x4, 3x3) computes 4 x 4 outputs of 
 products instead of 144 (Lavin & Gray, arXiv:1509.09308); the kernel's three rows in time are three
 products that add up. Its sums round more: about 1e-5 of the largest output, where a direct float32
 convolution rounds 1e-6. Where there are so few pixels that the weights are most of the memory to
-be read, one matrix product reads them once and in order.
+be read, one matrix product reads them once and in order. What is left and small goes to oneDNN, to
+which PyTorch gives larger inputs only.
 
 The form follows from the shapes alone, so that a machine always gives the same bits. There is no
 derivative: with gradients on, and in 16 bits, the layer computes as ever.
@@ -44,9 +45,7 @@ def causal_conv3d(layer: CausalConv3d, x: Tensor) -> Tensor:
         return CausalConv3d.forward(layer, x)
     if form == "onednn":
         return _onednn(layer, x)
-    frames = x[0].movedim(1, 0)  # (F, C, H, W)
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    frames = F.pad(frames, (1, 1, 1, 1), mode=mode)
+    frames = _pad_space(conv, x[0].movedim(1, 0))  # (F, C, H + 2, W + 2)
     frames = frames.movedim(1, -1).contiguous()  # (F, H + 2, W + 2, C)
     before = 2 if layer.causal else 1
     if form == "product":
@@ -76,15 +75,17 @@ def form_of(conv: nn.Conv3d, x: Tensor) -> str:
 
 def _onednn(layer: CausalConv3d, x: Tensor) -> Tensor:
     """As PyTorch computes it for larger inputs; with x channels last it would be slow again."""
-    conv = layer.conv
-    first, last = x[:, :, :1], x[:, :, -1:]
-    frames = torch.cat([first, first, x] if layer.causal else [first, x, last], dim=2).contiguous()
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    frames = F.pad(frames, (1, 1, 1, 1, 0, 0), mode=mode)
-    one = (1, 1, 1)
+    conv, one = layer.conv, (1, 1, 1)
+    frames = _pad_space(conv, layer.pad_time(x)[0].movedim(1, 0)).movedim(1, 0)[None]
     return torch.ops.aten.mkldnn_convolution(
-        frames, conv.weight, conv.bias, (0, 0, 0), one, one, groups=1
+        frames.contiguous(), conv.weight, conv.bias, (0, 0, 0), one, one, groups=1
     )
+
+
+def _pad_space(conv: nn.Conv3d, frames: Tensor) -> Tensor:
+    """(F, C, H, W) with a pixel more on each side, as the layer pads."""
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    return F.pad(frames, (1, 1, 1, 1), mode=mode)
 
 
 def _product(frames: Tensor, weight: Tensor, bias: Tensor | None, before: int) -> Tensor:

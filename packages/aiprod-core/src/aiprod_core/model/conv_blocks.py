@@ -128,9 +128,13 @@ class CausalConv3d(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.pad_time(x))
+
+    def pad_time(self, x: Tensor) -> Tensor:
+        """(B, C, F, H, W) with two more frames."""
         first = x[:, :, :1]
         frames = [first, first, x] if self.causal else [first, x, x[:, :, -1:]]
-        return self.conv(torch.cat(frames, dim=2))
+        return torch.cat(frames, dim=2)
 
 
 class ResGroup(nn.Module):
