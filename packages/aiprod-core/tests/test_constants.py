@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from aiprod_core.components.constants import Remembering, computed_once
+from aiprod_core.components.constants import Ahead, Remembering, computed_ahead, computed_once
 from aiprod_core.components.guiders import Guidance, GuidedDenoiser, GuidedModality
 from aiprod_core.model.transformer import Transformer, TransformerConfig
 from aiprod_core.types import AV, LatentState, Modality
@@ -98,3 +98,34 @@ def test_a_changed_input_is_computed_anew_and_old_results_are_dropped():
     double(torch.zeros(3))
     double(first)  # was dropped
     assert len(calls) == 5
+
+
+def test_modulations_of_a_schedule_are_computed_once_for_all_steps(
+    tiny_config: TransformerConfig, randomised: Build, modalities: Inputs
+):
+    transformer = randomised(tiny_config)
+    video, audio = (guided(modality) for modality in modalities(tiny_config))
+    x = AV(video.state.latent, audio.state.latent)
+    sigmas = torch.tensor([1.0, 0.7, 0.5, 0.0])
+
+    def steps() -> list[AV]:
+        denoise = GuidedDenoiser(transformer, sigmas, video, audio)
+        return [denoise(x, sigma) for sigma in (*sigmas[:-1].tolist(), 0.6)]  # one is not in it
+
+    with torch.inference_mode():
+        want = steps()
+        calls = count_calls(transformer.adaln_single.linear)
+        with computed_ahead(transformer, sigmas):
+            got = steps()
+        assert calls[0] == 2
+    for ours, reference in zip(got, want, strict=True):
+        torch.testing.assert_close(ours.video, reference.video, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(ours.audio, reference.audio, atol=1e-5, rtol=1e-5)
+    assert "forward" not in vars(transformer.adaln_single)
+
+
+def test_tokens_of_several_noise_levels_are_not_taken_for_a_schedules():
+    double = Ahead(lambda t: (2 * t[..., None],), torch.tensor([1.0, 0.5]))
+    for timesteps in (torch.tensor([[1.0], [0.5]]), torch.tensor([[0.5, 0.0]]), torch.ones(2, 1)):
+        (found,) = double(timesteps)
+        assert torch.equal(found, 2 * timesteps[..., None])

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from aiprod_core.components import conditioning, denoising, schedulers
-from aiprod_core.components.constants import computed_once
+from aiprod_core.components.constants import computed_ahead, computed_once
 from aiprod_core.components.denoising import Sampler
 from aiprod_core.components.guiders import Guidance, GuidedDenoiser, GuidedModality, Model
 from aiprod_core.components.nag import NAG, both_prompts, guided_text_attention
@@ -395,6 +395,7 @@ def _borrow_transformer(stage: _Stage, windows_done: int = 0, *, clips: int = 1)
         guided_text_attention(transformer, video=stage.nag("video"), audio=stage.nag("audio")),
         # Where blocks come and go to save memory, nothing of them is kept.
         computed_once(transformer) if models.offload in ("none", "model") else nullcontext(),
+        computed_ahead(transformer, stage.sigmas),
         in_parallel(models.parallel, transformer) as shared,
     ):
         advance(stage.steps * windows_done)

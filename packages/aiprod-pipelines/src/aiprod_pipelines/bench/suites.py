@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from aiprod_core.components import denoising, schedulers
-from aiprod_core.components.constants import computed_once
+from aiprod_core.components.constants import computed_ahead, computed_once
 from aiprod_core.components.guiders import GuidedModality
 from aiprod_core.components.noisers import noisy_start
 from aiprod_core.errors import InputError
@@ -327,7 +327,7 @@ def loop_inputs(config: TransformerConfig, sizes: Sizes) -> LoopInputs:
 
 
 def our_loop(transformer: Transformer, inputs: LoopInputs, sigmas: Tensor) -> tuple[Any, Any]:
-    with computed_once(transformer):
+    with computed_once(transformer), computed_ahead(transformer, sigmas):
         x = denoising.denoise(
             transformer, sigmas, inputs.video, inputs.audio, noise_sampler=lambda _: inputs.noise
         )
