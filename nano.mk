@@ -36,8 +36,7 @@ PREPARE := $(TRAINER).prepare_world --text-encoder $(TEXT_ENCODER) --checkpoint
 
 CAMERAS := static dolly-in dolly-out dolly-left dolly-right jib-up jib-down
 
-# The parts of latents/64 and latents/128 are there before those of world v2, which the second training
-# does not see.
+# Each training sees the parts that are there when it starts.
 nano-transformer: $(VENV)/run.stamp ## train nano: its transformer on, with many words, at two sizes, in two worlds
 	$(PREPARE) runs/codecs.safetensors --out runs/latents/64 --clips 4096 --captions 6 --seed 31
 	$(PREPARE) runs/codecs.safetensors --out runs/latents/128 --size 128 --clips 3072 --captions 4 --seed 51
@@ -48,9 +47,15 @@ nano-transformer: $(VENV)/run.stamp ## train nano: its transformer on, with many
 		$(PREPARE) runs/codecs.safetensors --out runs/latents/v2/$$camera --world v2 --size 128 \
 			--only camera="$$(echo $$camera | tr - ' ')" --clips 256 --captions 6 --seed 71 || exit 1; done
 	$(TRAINER).train_base configs/nano/transformer_two_worlds.yaml --out runs/transformer_two_worlds
-	mkdir -p runs/nano && cp -r $(TEXT_ENCODER) runs/nano/
+	mkdir -p runs/v2 runs/nano && cp -r $(TEXT_ENCODER) runs/nano/
 	$(TRAINER).export model --codecs runs/codecs.safetensors --transformer runs/transformer_two_worlds \
-		--share 0.6 --generation configs/nano/generation.yaml --out runs/nano/nano-dev.safetensors
+		--share 0.6 --generation configs/nano/generation.yaml --out runs/v2/nano-dev.safetensors
+	$(PREPARE) runs/codecs.safetensors --out runs/latents/cameras/64 --clips 2560 --captions 8 --seed 131
+	$(PREPARE) runs/codecs.safetensors --out runs/latents/cameras/64-v2 --world v2 --clips 3328 --captions 8 --seed 171
+	$(PREPARE) runs/codecs.safetensors --out runs/latents/cameras/128 --size 128 --clips 1024 --captions 6 --seed 151
+	$(TRAINER).train_base configs/nano/transformer_cameras.yaml --out runs/transformer_cameras
+	$(TRAINER).export model --codecs runs/codecs.safetensors --transformer runs/transformer_cameras \
+		--generation configs/nano/generation.yaml --out runs/nano/nano-dev.safetensors
 
 nano-upscaler: $(VENV)/run.stamp ## train nano: its spatial upscaler
 	$(TRAINER).train_upsampler configs/nano/spatial_upscaler.yaml --out runs/spatial
@@ -72,12 +77,13 @@ nano-reward: $(VENV)/run.stamp ## train nano: the reward model that judges laten
 		--set model=runs/nano/nano-dev.safetensors
 	cp runs/reward/nano-reward.safetensors runs/nano/
 
-# Not part of `nano`, for they do not ship: no camera moves yet (docs/log.md).
-nano-cameras: $(VENV)/run.stamp ## train nano: a LoRA for each camera move, which do not ship yet
+nano-cameras: $(VENV)/run.stamp ## train nano: a LoRA for each camera move
 	for camera in $(CAMERAS); do \
+		$(PREPARE) runs/nano/nano-dev.safetensors --out runs/cameras/$$camera --world v2 \
+			--only camera="$$(echo $$camera | tr - ' ')" --clips 256 --captions 6 --seed 91 && \
 		OMP_NUM_THREADS=1 $(BIN)/aiprod train configs/nano/lora_camera.yaml \
 			--set model.model_path=runs/nano/nano-dev.safetensors \
-			--set data.preprocessed_data_root=runs/latents/v2/$$camera \
+			--set data.preprocessed_data_root=runs/cameras/$$camera \
 			--set output_dir=runs/nano-lora-camera-control-$$camera && \
 		cp $$(ls -d runs/nano-lora-camera-control-$$camera/checkpoints/step-* | tail -1)/lora.safetensors \
 			runs/nano/nano-lora-camera-control-$$camera.safetensors || exit 1; done

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from aiprod_core.loader.checkpoint import open_checkpoint
-from aiprod_core.loader.networks import load_text_projector, load_transformer
+from aiprod_core.loader.networks import load_text_projector, load_transformer, load_vocoder
 from aiprod_pipelines.model_files import describe_model
 from aiprod_trainer import export
 from aiprod_trainer.export import channel_scales
@@ -48,6 +48,29 @@ def test_a_model_of_the_same_weights_is_written_whole_and_names_its_world(
         torch.testing.assert_close(tensor, before[name].float(), rtol=0, atol=0)
     assert after.keys() == before.keys()
     assert open_checkpoint(made).metadata["world"] == "v2"
+
+
+def test_a_model_gets_the_vocoder_of_a_run_in_place_of_its_codecs(tiny_model: Path, tmp_path: Path):
+    checkpoint = open_checkpoint(tiny_model)
+    model = TextToClip(load_transformer(checkpoint), load_text_projector(checkpoint))
+    vocoder = load_vocoder(checkpoint)
+    for name, parts in (("base", model.state_dict()), ("vocoder", vocoder.state_dict())):
+        (tmp_path / name).mkdir()
+        state = {f"average/{key}": tensor + (name == "vocoder") for key, tensor in parts.items()}
+        save_file(state, tmp_path / name / "state.safetensors")
+        sections = ("vocoder",) if name == "vocoder" else ("transformer", "text_encoder")
+        config = {section: checkpoint.section(section) for section in sections}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    (tmp_path / "generation.yaml").write_text("{}\n")
+    made = tmp_path / "made.safetensors"
+    command = ["model", "--codecs", str(tiny_model), "--transformer", str(tmp_path / "base")]
+    command += ["--vocoder", str(tmp_path / "vocoder"), "--dtype", "float32", "--out", str(made)]
+    assert export.main([*command, "--generation", str(tmp_path / "generation.yaml")]) == 0
+    before, after = load_file(tiny_model), load_file(made)
+    assert after.keys() == before.keys()
+    for name, tensor in after.items():
+        moved = 1 if name.startswith("vocoder.") else 0
+        torch.testing.assert_close(tensor, before[name].float() + moved, rtol=0, atol=1e-6)
 
 
 def test_a_model_may_stop_between_where_a_training_began_and_where_it_ended(

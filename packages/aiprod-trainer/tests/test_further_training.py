@@ -10,12 +10,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from aiprod_core.loader.checkpoint import open_checkpoint
-from aiprod_core.loader.networks import load_video_decoder, load_video_encoder
+from aiprod_core.loader.networks import (
+    load_video_decoder,
+    load_video_encoder,
+    load_vocoder,
+)
 from aiprod_core.types import ScaleFactors
-from aiprod_trainer import export, prepare_world, train_base, train_video_codec
+from aiprod_trainer import export, prepare_world, train_base, train_video_codec, train_vocoder
 from aiprod_trainer.data import Batch, LatentDataset
 from aiprod_trainer.train_base import BaseTrainingConfig, drop_features, losses_at
 from aiprod_trainer.train_video_codec import VideoCodecConfig, clips, train
+from aiprod_trainer.train_vocoder import VocoderTrainingConfig, level_loss
 from aiprod_trainer.world.render import object_mask
 from aiprod_trainer.world.scene import sample_scene
 
@@ -212,3 +217,27 @@ def test_processes_that_share_a_step_draw_from_one_bucket(
 
 def _still(model: torch.nn.Module) -> torch.Tensor:
     return sum(p.sum() for p in model.parameters()) * 0  # type: ignore[return-value]
+
+
+def test_a_vocoders_training_begins_with_the_given_weights(tiny_model: Path, tmp_path: Path):
+    checkpoint = open_checkpoint(tiny_model)
+    config = VocoderTrainingConfig(
+        vocoder=checkpoint.section("vocoder"),
+        audio_vae=checkpoint.section("audio_vae"),
+        start=tiny_model,
+        steps=1,
+        batch_size=1,
+        muon_lr=0,
+        adamw_lr=0,
+    )
+    trained = train_vocoder.train(config, tmp_path / "run").state_dict()
+    for name, tensor in load_vocoder(checkpoint, dtype=torch.float32).state_dict().items():
+        torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_quiet_vocoder_is_told_so_and_another_phase_is_not():
+    generator = torch.Generator().manual_seed(0)
+    hiss, other = torch.randn(2, 1, 2, 16000, generator=generator)
+    same = level_loss(hiss, other)
+    assert level_loss(0.5 * hiss, other) == pytest.approx(np.log(4), abs=0.1)
+    assert same < 0.3  # chance of two noises in windows of 48 ms

@@ -76,6 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     model.add_argument("--codecs", type=Path, required=True)
     model.add_argument("--transformer", type=Path, required=True, help="run of train_base")
     model.add_argument(
+        "--vocoder", type=Path, help="run of train_vocoder, instead of the codecs' vocoder"
+    )
+    model.add_argument(
         "--generation", type=Path, required=True, help="YAML with the settings to generate with"
     )
     model.add_argument(
@@ -134,9 +137,8 @@ def export_codecs(arguments: argparse.Namespace) -> None:
             "vocoder": _config(arguments.vocoder)["vocoder"],
         }
         audio = AudioVAE(AudioVAEConfig.from_metadata(sections["audio_vae"]))
-        vocoder = Vocoder(VocoderConfig.from_metadata(sections["vocoder"]))
         audio.load_state_dict(read_state(arguments.audio / "state.safetensors", "average"))
-        vocoder.load_state_dict(read_state(arguments.vocoder / "state.safetensors", "average"))
+        vocoder = _trained_vocoder(arguments.vocoder)
         _measure_statistics(video, audio, video_config, arguments.clips)
         audio_encoder, audio_decoder = audio.encoder, audio.decoder
     save_checkpoint(
@@ -180,6 +182,10 @@ def export_model(arguments: argparse.Namespace) -> None:
         "text_encoder": training["text_encoder"],
         "scheduler": {"_class_name": "RectifiedFlowScheduler", "num_train_timesteps": 1000},
     }
+    vocoder = load_vocoder(codecs)
+    if arguments.vocoder is not None:
+        vocoder = _trained_vocoder(arguments.vocoder)
+        config["vocoder"] = _config(arguments.vocoder)["vocoder"]
     save_checkpoint(
         arguments.out,
         [
@@ -187,7 +193,7 @@ def export_model(arguments: argparse.Namespace) -> None:
             (key_maps.VIDEO_DECODER, load_video_decoder(codecs)),
             (key_maps.AUDIO_ENCODER, load_audio_encoder(codecs)),
             (key_maps.AUDIO_DECODER, load_audio_decoder(codecs)),
-            (key_maps.VOCODER, load_vocoder(codecs)),
+            (key_maps.VOCODER, vocoder),
             (key_maps.TRANSFORMER, model.transformer),
             (key_maps.TEXT_PROJECTOR, model.projector),
         ],
@@ -202,6 +208,12 @@ def export_model(arguments: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
+def _trained_vocoder(run: Path) -> Vocoder:
+    vocoder = Vocoder(VocoderConfig.from_metadata(_config(run)["vocoder"]))
+    vocoder.load_state_dict(read_state(run / "state.safetensors", "average"))
+    return vocoder
+
+
 def _turn_back(model: TextToClip, start: str | None, share: float) -> None:
     """Weights between those a run started from and those it ended with (Wortsman et al., 2022,
     arXiv:2109.01903): the further training's gains with less of its losses."""

@@ -3,18 +3,21 @@
     python -m aiprod_trainer.train_vocoder configs/nano/vocoder.yaml --out runs/vocoder
 
 The loss compares magnitudes of short-time Fourier transforms at several resolutions (Yamamoto et
-al., 2020) and the log-mel itself. A quiet vocoder is the usual failure of such losses on noise; the
-log-mel term, which sees energy and not phase, is what holds the level.
+al., 2020) and the log-mel itself. A quiet vocoder is the usual failure of such losses: where the
+phase cannot be known, less sound is nearer to the wanted one in every bin. A term on the power in
+wide bands and long windows, which does not depend on phase, holds the level.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from aiprod_core.loader.checkpoint import open_checkpoint
+from aiprod_core.loader.networks import load_vocoder
 from aiprod_core.model.audio_vae import AudioVAEConfig
 from aiprod_core.model.mel import log_mel
 from aiprod_core.model.vocoder import Vocoder, VocoderConfig
@@ -35,7 +38,8 @@ RINGING: tuple[dict[str, str], ...] = (
 class VocoderTrainingConfig(Section):
     vocoder: dict[str, Any]  # the checkpoint's "vocoder" section, published keys
     audio_vae: dict[str, Any]  # gives the mel front end
-    world: str = "v1"
+    start: Path | None = None  # checkpoint whose vocoder is trained on
+    worlds: tuple[str, ...] = ("v1",)  # each crop is of one of them
     batch_size: int = 8
     crop_frames: int = 64  # mel frames of a training crop
     ringing_share: float = 0.6  # of the crops hold one of RINGING
@@ -45,6 +49,8 @@ class VocoderTrainingConfig(Section):
     adamw_lr: float = 3e-4
     max_grad_norm: float = 1.0
     mel_weight: float = 1.0
+    level_weight: float = 1.0
+    precision: Literal["float32", "bfloat16"] = "float32"  # of convolutions; weights are float32
     ema_decay: float = 0.998
     seed: int = 0
     eval_every: int = 200
@@ -55,6 +61,9 @@ def train(config: VocoderTrainingConfig, folder: Path) -> Vocoder:
     """Runs the training to its end and returns the averaged model."""
     torch.manual_seed(config.seed)
     vocoder = Vocoder(VocoderConfig.from_metadata(config.vocoder))
+    if config.start is not None:
+        before = load_vocoder(open_checkpoint(config.start), dtype=torch.float32)
+        vocoder.load_state_dict(before.state_dict())
     front_end = AudioVAEConfig.from_metadata(config.audio_vae)
     average = averaged_copy(vocoder)
     optimizers = muon_and_adamw(vocoder, muon_lr=config.muon_lr, adamw_lr=config.adamw_lr)
@@ -78,8 +87,14 @@ def train(config: VocoderTrainingConfig, folder: Path) -> Vocoder:
         set_learning_rate(
             optimizers.values(), warmup_then_linear_decay(step, config.steps, config.warmup_steps)
         )
-        made = vocoder(mel)
-        loss = spectral_loss(made, waveform) + config.mel_weight * mel_loss(made, mel, front_end)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bfloat16"):
+            made = vocoder(mel)
+        made = made.float()
+        loss = (
+            spectral_loss(made, waveform)
+            + config.mel_weight * mel_loss(made, mel, front_end)
+            + config.level_weight * level_loss(made, waveform)
+        )
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -109,7 +124,8 @@ def crops(
     for _ in range(count):
         is_ringing = rng.random() < ringing_share
         given = RINGING[rng.integers(len(RINGING))] if is_ringing else {}
-        scenes.append(sample_scene(rng, world=config.world, **given))
+        world = config.worlds[rng.integers(len(config.worlds))]
+        scenes.append(sample_scene(rng, world=world, **given))
     sound = np.stack([synthesise(scene) for scene in scenes])
     waveform = torch.from_numpy(sound)
     mel = log_mel(waveform, front_end)
@@ -142,6 +158,17 @@ def spectral_loss(made: Tensor, wanted: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
+def level_loss(made: Tensor, wanted: Tensor) -> Tensor:
+    """Distance in nats of the power in eight bands and windows of 48 ms, which know no phase."""
+
+    def power(waveform: Tensor) -> Tensor:
+        bins = magnitude(waveform, 256)[:, 1:].square()  # (2B, 128, frames), 4 ms apart
+        return F.avg_pool2d(bins, (16, 12), ceil_mode=True)
+
+    floor = 1e-3  # some 40 dB below an impact; what lies there may differ
+    return ((power(made) + floor).log() - (power(wanted) + floor).log()).abs().mean()
+
+
 def magnitude(waveform: Tensor, n_fft: int) -> Tensor:
     """(B, 2, samples) -> (2B, n_fft/2 + 1, frames)."""
     window = torch.hann_window(n_fft, device=waveform.device)
@@ -162,10 +189,16 @@ def mel_loss(made: Tensor, mel: Tensor, front_end: AudioVAEConfig) -> Tensor:
 def evaluate(
     vocoder: nn.Module, mel: Tensor, waveform: Tensor, front_end: AudioVAEConfig
 ) -> dict[str, float]:
-    """Log-mel distance (nats) and level error (dB, made over wanted) on held-out crops."""
+    """On held-out crops: log-mel distance (nats) and level error (dB, made over wanted) of all
+    together and in the median crop."""
     made = vocoder(mel)
     level = 10 * (made.square().mean() / waveform.square().mean()).log10()
-    return {"mel_l1": mel_loss(made, mel, front_end).item(), "level_db": level.item()}
+    each = 10 * (made.square().mean(dim=(1, 2)) / waveform.square().mean(dim=(1, 2))).log10()
+    return {
+        "mel_l1": mel_loss(made, mel, front_end).item(),
+        "level_db": level.item(),
+        "each_level_db": each.median().item(),
+    }
 
 
 if __name__ == "__main__":

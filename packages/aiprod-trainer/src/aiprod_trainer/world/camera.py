@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 CAMERAS = ("static", "dolly in", "dolly out", "dolly left", "dolly right", "jib up", "jib down")
-TRAVEL_X, TRAVEL_Y, ZOOM = 0.30, 0.20, 1.45  # whole way across a clip, in frames; zoom ratio
+TRAVEL_X, TRAVEL_Y, ZOOM = 0.30, 0.22, 1.7  # whole way across a clip, in frames; zoom ratio
 
 
 @dataclass(frozen=True)

@@ -85,24 +85,24 @@ def _texture(kind: str, x: np.ndarray, y: np.ndarray, pixel: np.ndarray) -> np.n
         return np.clip(triangle / (4 * softness), -1, 1)
 
     if kind == "brick":
-        rows = (y - HORIZON) / 0.12
+        rows = (y - HORIZON) / 0.2
         shift = 0.5 * (np.floor(rows) % 2)
-        columns = x / 0.24 + shift
-        joint = 0.014
-        from_row = np.abs(rows - np.round(rows)) * 0.12
-        from_column = np.abs(columns - np.round(columns)) * 0.24
+        columns = x / 0.4 + shift
+        joint = 0.022
+        from_row = np.abs(rows - np.round(rows)) * 0.2
+        from_column = np.abs(columns - np.round(columns)) * 0.4
         gap = np.minimum(from_row, from_column)
-        return 1 + 0.34 * np.clip((joint - gap) / pixel + 0.5, 0, 1)
+        return 1 + 0.45 * np.clip((joint - gap) / pixel + 0.5, 0, 1)
     if kind == "checker":
-        return 1 + 0.11 * wave(x / 0.36 + 0.25, pixel / 0.36) * wave(y / 0.36, pixel / 0.36)
+        return 1 + 0.18 * wave(x / 0.6 + 0.25, pixel / 0.6) * wave(y / 0.6, pixel / 0.6)
     if kind == "stripes":
-        return 1 + 0.13 * np.sin(2 * np.pi * x / 0.2) * np.ones_like(y)
-    ridge = 0.50 + 0.07 * np.sin(7 * x) + 0.04 * np.sin(16 * x + 1)
-    nearer = 0.62 + 0.05 * np.sin(11 * x + 2)
+        return 1 + 0.18 * np.sin(2 * np.pi * x / 0.36) * np.ones_like(y)
+    ridge = 0.42 + 0.13 * np.sin(7 * x) + 0.05 * np.sin(16 * x + 1)
+    nearer = 0.60 + 0.08 * np.sin(11 * x + 2)
     return (
         1
-        - 0.22 * np.clip((y - ridge) / pixel + 0.5, 0, 1)
-        - 0.16 * np.clip((y - nearer) / pixel + 0.5, 0, 1)
+        - 0.30 * np.clip((y - ridge) / pixel + 0.5, 0, 1)
+        - 0.24 * np.clip((y - nearer) / pixel + 0.5, 0, 1)
     )
 
 
