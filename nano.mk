@@ -54,8 +54,10 @@ nano-transformer: $(VENV)/run.stamp ## train nano: its transformer on, with many
 	$(PREPARE) runs/codecs.safetensors --out runs/latents/cameras/64-v2 --world v2 --clips 3328 --captions 8 --seed 171
 	$(PREPARE) runs/codecs.safetensors --out runs/latents/cameras/128 --size 128 --clips 1024 --captions 6 --seed 151
 	$(TRAINER).train_base configs/nano/transformer_cameras.yaml --out runs/transformer_cameras
+	$(TRAINER).train_vocoder configs/nano/vocoder_level.yaml --out runs/vocoder_level
 	$(TRAINER).export model --codecs runs/codecs.safetensors --transformer runs/transformer_cameras \
-		--generation configs/nano/generation.yaml --out runs/nano/nano-dev.safetensors
+		--vocoder runs/vocoder_level --share 0.8 --generation configs/nano/generation.yaml \
+		--out runs/nano/nano-dev.safetensors
 
 nano-upscaler: $(VENV)/run.stamp ## train nano: its spatial upscaler
 	$(TRAINER).train_upsampler configs/nano/spatial_upscaler.yaml --out runs/spatial
@@ -77,7 +79,8 @@ nano-reward: $(VENV)/run.stamp ## train nano: the reward model that judges laten
 		--set model=runs/nano/nano-dev.safetensors
 	cp runs/reward/nano-reward.safetensors runs/nano/
 
-nano-cameras: $(VENV)/run.stamp ## train nano: a LoRA for each camera move
+# Not part of `nano`, for they do not ship: too few clips move as asked yet (docs/log.md).
+nano-cameras: $(VENV)/run.stamp ## train nano: a LoRA for each camera move, which do not ship yet
 	for camera in $(CAMERAS); do \
 		$(PREPARE) runs/nano/nano-dev.safetensors --out runs/cameras/$$camera --world v2 \
 			--only camera="$$(echo $$camera | tr - ' ')" --clips 256 --captions 6 --seed 91 && \

@@ -207,13 +207,13 @@ def export_model(arguments: argparse.Namespace) -> None:
     )
 
 
-@torch.no_grad()
 def _trained_vocoder(run: Path) -> Vocoder:
     vocoder = Vocoder(VocoderConfig.from_metadata(_config(run)["vocoder"]))
     vocoder.load_state_dict(read_state(run / "state.safetensors", "average"))
     return vocoder
 
 
+@torch.no_grad()
 def _turn_back(model: TextToClip, start: str | None, share: float) -> None:
     """Weights between those a run started from and those it ended with (Wortsman et al., 2022,
     arXiv:2109.01903): the further training's gains with less of its losses."""
