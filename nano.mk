@@ -7,7 +7,7 @@ TEXT_ENCODER := packages/aiprod-nano/src/aiprod_nano/text_encoder
 	nano-temporal nano-cameras nano-controls nano-tiny-decoder nano-variants
 
 nano: nano-first nano-codecs nano-transformer nano-upscaler nano-temporal nano-distilled nano-reward \
-	nano-controls nano-tiny-decoder ## train nano from nothing, all of it
+	nano-cameras nano-controls nano-tiny-decoder ## train nano from nothing, all of it
 
 nano-first: $(VENV)/run.stamp ## train nano: codecs, vocoder and transformer from nothing, at 64 pixels
 	$(TRAINER).train_video_codec configs/nano/video_codec.yaml --out runs/first/video_codec
@@ -79,8 +79,7 @@ nano-reward: $(VENV)/run.stamp ## train nano: the reward model that judges laten
 		--set model=runs/nano/nano-dev.safetensors
 	cp runs/reward/nano-reward.safetensors runs/nano/
 
-# Not part of `nano`, for they do not ship: too few clips move as asked yet (docs/log.md).
-nano-cameras: $(VENV)/run.stamp ## train nano: a LoRA for each camera move, which do not ship yet
+nano-cameras: $(VENV)/run.stamp ## train nano: a LoRA for each camera move
 	for camera in $(CAMERAS); do \
 		$(PREPARE) runs/nano/nano-dev.safetensors --out runs/cameras/$$camera --world v2 \
 			--only camera="$$(echo $$camera | tr - ' ')" --clips 256 --captions 6 --seed 91 && \
