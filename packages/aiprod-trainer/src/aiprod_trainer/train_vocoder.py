@@ -197,7 +197,7 @@ def evaluate(
     return {
         "mel_l1": mel_loss(made, mel, front_end).item(),
         "level_db": level.item(),
-        "each_level_db": each.median().item(),
+        "median_level_db": each.median().item(),
     }
 
 

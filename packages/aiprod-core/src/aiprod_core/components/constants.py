@@ -59,10 +59,10 @@ def computed_ahead(transformer: Transformer, sigmas: Tensor) -> Iterator[None]:
     with ExitStack() as stack:
         for name, module in transformer.named_children():
             if isinstance(module, AdaLayerNormSingle):
-                is_gate = name.startswith("av_ca") and "gate" in name
+                # The gates between the modalities have a scale of their own.
                 scale = (
                     config.av_ca_timestep_scale_multiplier
-                    if is_gate
+                    if "gate" in name
                     else config.timestep_scale_multiplier
                 )
                 ahead = Ahead(module.forward, sigmas.float() * scale)
