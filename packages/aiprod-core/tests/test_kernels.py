@@ -6,18 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aiprod_core.components.constants import computed_once
 from aiprod_core.errors import InputError
-from aiprod_core.kernels import convolution, onednn
+from aiprod_core.kernels import convolution, cpu_norms, onednn
 from aiprod_core.kernels.apply import compile_blocks, enable_kernels
 from aiprod_core.kernels.convolution import form_of
 from aiprod_core.kernels.onednn import is_faster_in_onednn
+from aiprod_core.model.audio_vae import AudioDecoder, AudioVAEConfig
 from aiprod_core.model.conv_blocks import CausalConv3d
-from aiprod_core.model.layers import FeedForward
+from aiprod_core.model.layers import Attention, FeedForward
 from aiprod_core.model.rope import rotary_table
 from aiprod_core.model.transformer import Stream, Transformer, TransformerConfig
+from aiprod_core.model.vocoder import GeneratorConfig, Vocoder, VocoderConfig
 from aiprod_core.quantization.fp8 import FP8_MAX, Fp8ScaledLinear, cast_linears
 from aiprod_core.types import Modality
 
@@ -136,9 +138,11 @@ def test_a_transformer_with_kernels_computes_the_same(
         kernels = enable_kernels(transformer)
         got = transformer(*inputs)
         # Per block six attentions of four linears, and the second linear of two feed-forwards;
-        # the norms are those of the attentions and two more.
+        # the norms are those of the attentions and two more. Attention to another sequence is
+        # asked too, and computes as ever.
         assert kernels.counts == {
             "norm in fewer passes": 16,
+            "q and k together": 12,
             "oneDNN linear": 52,
             "oneDNN linear with GELU": 4,
         }
@@ -198,6 +202,62 @@ def test_large_products_by_onednn_equal_those_by_pytorch():
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("is_interleaved", [False, True])
+@pytest.mark.parametrize("samples", [1, 2])  # of the table, for two of x
+def test_queries_and_keys_normalised_together_are_those_apart(is_interleaved: bool, samples: int):
+    attention = Attention(24, heads=3, head_dim=8)
+    for norm in (attention.q_norm, attention.k_norm):
+        nn.init.normal_(norm.weight)
+    x = random(2, 5, 24).cpu()
+    rotary = rotary_table(random(samples, 3, 5).cpu(), (1, 2, 3), 24, is_interleaved=is_interleaved)
+    for table in (rotary, None):
+        want = attention.queries_keys_values(x, x, table, table)
+        got = cpu_norms.queries_keys_values(attention, x, x, table, table)
+        for ours, reference in zip(got, want, strict=True):
+            torch.testing.assert_close(ours, reference, atol=1e-6, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_vocoder_with_channels_last_sounds_the_same():
+    vocoder = Vocoder(
+        VocoderConfig(GeneratorConfig(upsample_initial_channel=32, num_mels=8, is_stereo=True))
+    )
+    mel = random(2, 2, 6, 8).cpu()
+    want = vocoder(mel)
+    # A convolution before, five up, of three blocks each with six, and one after.
+    assert enable_kernels(vocoder).counts == {"sound with channels last": 1 + 5 + 90 + 1}
+    torch.testing.assert_close(vocoder(mel), want, atol=1e-6, rtol=1e-5)
+    x = random(2, 32, 9).cpu()
+    assert vocoder.ups[0](x).transpose(1, 2).is_contiguous()
+
+
+def test_a_vocoder_that_is_trained_or_in_16_bits_computes_as_without_kernels():
+    vocoder = Vocoder(VocoderConfig(GeneratorConfig(upsample_initial_channel=32, num_mels=8)))
+    mel = random(1, 2, 6, 8).cpu()
+    vocoder(mel).square().sum().backward()
+    want = vocoder.conv_pre.weight.grad
+    vocoder.zero_grad()
+    enable_kernels(vocoder)
+    vocoder(mel).square().sum().backward()
+    torch.testing.assert_close(vocoder.conv_pre.weight.grad, want)
+    with torch.inference_mode():
+        assert vocoder.bfloat16()(mel.bfloat16()).dtype == torch.bfloat16
+
+
+@torch.inference_mode()
+def test_an_audio_decoder_with_channels_last_decodes_the_same():
+    decoder = AudioDecoder(
+        AudioVAEConfig(base_channels=16, channel_multipliers=(1, 2, 2), z_channels=4, mel_bins=16)
+    )
+    latent = random(1, 4, 5, 4).cpu()
+    want = decoder(latent)
+    enable_kernels(decoder)
+    got = decoder(latent)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert got.is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_in_16_bits_a_cpu_computes_as_without_kernels(dtype: torch.dtype):
     feed_forward = FeedForward(256).to(dtype)
@@ -245,7 +305,11 @@ def test_kernels_leave_quantised_layers_alone_and_gradients_correct(
             assert torch.equal(parameter.grad, want[name])
     quantised = randomised(tiny_config)
     cast_linears(quantised)
-    assert enable_kernels(quantised).counts.keys() == {"norm in fewer passes"}
+    assert enable_kernels(quantised).counts.keys() == {"norm in fewer passes", "q and k together"}
+    inputs = modalities(tiny_config)
+    with torch.inference_mode():
+        got = quantised(*inputs)
+    assert all(tensor.isfinite().all() for tensor in got)
 
 
 def test_kernels_for_a_gpu_are_refused_without_triton(

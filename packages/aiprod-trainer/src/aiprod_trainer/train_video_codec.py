@@ -11,12 +11,14 @@ transformer was trained on stay what they were there, so that it stays valid whi
 further sizes or another world.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from aiprod_core.loader.checkpoint import open_checkpoint
@@ -50,6 +52,7 @@ class VideoCodecConfig(Section):
     muon_iterations: int = 5
     max_grad_norm: float = 1.0
     object_weight: float = 8.0  # extra weight of the pixels on and around the object
+    shape_shares: dict[str, float] = Field(default_factory=dict)  # of clips that show the shape
     kl_weight: float = 1e-6
     train: str = "all"  # "all", or "decoder": the last tuning, with the latents left as they are
     ema_decay: float = 0.998
@@ -113,7 +116,13 @@ def train(config: VideoCodecConfig, folder: Path) -> VideoVAE:
         count = max(1, config.batch_size * config.size**2 // size**2)
         rng = run.numpy_generator(step)
         pixels, mask = clips(
-            world, size, rng, count, config.num_frames, crop_frames=config.crop_frames
+            world,
+            size,
+            rng,
+            count,
+            config.num_frames,
+            crop_frames=config.crop_frames,
+            shape_shares=config.shape_shares,
         )
         set_learning_rate(
             optimizers.values(), warmup_then_linear_decay(step, config.steps, config.warmup_steps)
@@ -164,12 +173,13 @@ def clips(
     num_frames: int,
     *,
     crop_frames: int | None = None,  # a random stretch of each clip; default: all
+    shape_shares: Mapping[str, float] = {},  # the rest draws its shape like everything else
 ) -> tuple[Tensor, Tensor]:
     """Rendered pixels (count, 3, F, size, size) in [-1, 1] and object masks (count, 1, F, ...)."""
     length = crop_frames or num_frames
     pixels, masks = [], []
     for _ in range(count):
-        scene = sample_scene(rng, world=world)
+        scene = sample_scene(rng, world=world, shape=drawn_shape(rng, shape_shares))
         start = rng.integers(0, num_frames - length + 1)
         frames = slice(start, start + length)
         pixels.append(render(scene, size)[frames])
@@ -177,6 +187,14 @@ def clips(
     video = torch.from_numpy(np.stack(pixels)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     mask = torch.from_numpy(np.stack(masks)).float()[:, None]
     return video.contiguous(memory_format=torch.channels_last_3d), mask
+
+
+def drawn_shape(rng: np.random.Generator, shares: Mapping[str, float]) -> str | None:
+    """A shape with its share as probability, None with what is left of 1."""
+    if not shares:
+        return None
+    left = 1 - sum(shares.values())
+    return rng.choice(np.array([*shares, None]), p=[*shares.values(), left])
 
 
 def reconstruction_loss(

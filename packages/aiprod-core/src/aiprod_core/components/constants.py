@@ -99,12 +99,15 @@ class Ahead:
     def __call__(self, timesteps: Tensor) -> tuple[Tensor, ...]:
         if timesteps.shape[1] != 1 or timesteps.device.type != "cpu":
             return self.function(timesteps)
-        found = [self.row_of.get(timestep) for timestep in timesteps[:, 0].tolist()]
-        if None in found:
+        levels = set(timesteps[:, 0].tolist())
+        row = self.row_of.get(levels.pop())
+        if levels or row is None:  # samples of several levels, or one that is not of the schedule
             return self.function(timesteps)
         if self._rows is None:
             self._rows = self.function(self.timesteps[:, None])
-        return tuple(values[found] for values in self._rows)
+        return tuple(
+            values[row : row + 1].expand(len(timesteps), *values.shape[1:]) for values in self._rows
+        )
 
 
 class Remembering:

@@ -1,13 +1,13 @@
 """Faster equal forms of what a network computes, swapped in from outside.
 
 The networks name the places: the linear layers, `Attention.rotated_norm`, `Block.modulated_norm`,
-`Block.add_norm`, `Block.feed_forward`, `GELULinear` and `CausalConv3d`. A swap hides the class's
-function by one of the instance, so weights, names and submodules stay; weights may still be moved
-or fused with LoRAs.
+`Attention.queries_keys_values`, `Block.add_norm`, `Block.feed_forward`, `GELULinear`,
+`CausalConv3d` and a plain vocoder's convolutions. A swap hides the class's function by one of the
+instance, so weights, names and submodules stay; weights may still be moved or fused with LoRAs.
 
-On CUDA these are the Triton kernels of this package, on a CPU oneDNN's products and convolutions
-in fewer multiplications.
-Layers that quantisation has replaced are left alone.
+On CUDA these are the Triton kernels of this package, on a CPU oneDNN's products, convolutions in
+fewer multiplications, and for sound weights with channels last. Layers that quantisation has
+replaced are left alone.
 """
 
 from collections import Counter
@@ -21,10 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aiprod_core.errors import InputError
-from aiprod_core.kernels import convolution, cpu_norms, onednn
+from aiprod_core.kernels import convolution, cpu_norms, onednn, sound
+from aiprod_core.model.audio_vae import AudioDecoder, AudioEncoder
 from aiprod_core.model.conv_blocks import CausalConv3d
 from aiprod_core.model.layers import Attention, FeedForward, GELULinear
 from aiprod_core.model.transformer import Block, Stream, Transformer, gated_sum, rows_of
+from aiprod_core.model.vocoder import Generator
 from aiprod_core.quantization.fp8 import Fp8ScaledLinear
 
 
@@ -78,6 +80,8 @@ def _on_cpu(model: nn.Module) -> list[Swap]:
         if isinstance(module, Attention):
             linears = [module.to_q, module.to_k, module.to_v, module.to_out[0]]
             swaps.append(Swap(norm, module, "rotated_norm", cpu_norms.rotated_norm))
+            together = partial(cpu_norms.queries_keys_values, module)
+            swaps.append(Swap("q and k together", module, "queries_keys_values", together))
         elif isinstance(module, FeedForward):
             linears = [module.net[2]]
         else:
@@ -96,6 +100,14 @@ def _on_cpu(model: nn.Module) -> list[Swap]:
         elif isinstance(module, CausalConv3d):
             kernel = partial(convolution.causal_conv3d, module)
             swaps.append(Swap("convolution in fewer multiplications", module, "forward", kernel))
+        elif isinstance(module, AudioEncoder | AudioDecoder):
+            module.to(memory_format=sound.LAST)  # type: ignore[call-overload]
+        elif isinstance(module, Generator) and module.is_plain:
+            for layer in module.modules():
+                if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d):
+                    sound.put_channels_last(layer)
+                    kernel = partial(sound.conv1d, layer)
+                    swaps.append(Swap("sound with channels last", layer, "forward", kernel))
     return swaps
 
 

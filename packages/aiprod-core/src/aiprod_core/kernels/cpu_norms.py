@@ -1,7 +1,9 @@
 """RMS norms on a CPU in fewer passes over the tokens.
 
 PyTorch's takes five there: squares, their mean, the root, the product, the weight, with a tensor of
-x's size between. Here the length of each row is taken in one pass and divided out in another.
+x's size between. Here the length of each row is taken in one pass and divided out in another, and
+in small networks, where it is the calls that take the time, self-attention's queries and keys are
+normalised and rotated together.
 
 There is no derivative: with gradients on, and in 16 bits, the references compute.
 
@@ -9,9 +11,11 @@ Letters: B batch, N tokens, D width.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from aiprod_core.kernels.onednn import is_faster_in_onednn
 from aiprod_core.model import layers, transformer
+from aiprod_core.model.layers import Attention
 from aiprod_core.model.rope import Rotary, rotate
 
 
@@ -37,6 +41,33 @@ def rotated_norm(
     return x if rotary is None else rotate(x, rotary, heads)
 
 
+def queries_keys_values(
+    attention: Attention,
+    x: Tensor,
+    context: Tensor,
+    rotary: Rotary | None,
+    context_rotary: Rotary | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    pair = attention.to_q, attention.to_k
+    is_self = context is x and context_rotary is rotary
+    if (
+        not is_self
+        or not _applies(x)
+        or any(type(linear) is not nn.Linear for linear in pair)
+        or is_faster_in_onednn(x, attention.to_q.weight)
+    ):
+        return Attention.queries_keys_values(attention, x, context, rotary, context_rotary)
+    both = x.new_empty(2, *x.shape[:-1], attention.to_q.out_features)
+    for linear, out in zip(pair, both.flatten(1, -2), strict=True):
+        torch.addmm(linear.bias, x.flatten(0, -2), linear.weight.t(), out=out)
+    weights = torch.stack((attention.q_norm.weight, attention.k_norm.weight))[:, None, None]
+    both = (both * _inverse(both, attention.q_norm.eps)).mul_(weights)
+    if rotary is not None:
+        both = rotate(both, rotary, attention.heads)
+    q, k = attention.split_heads(both)
+    return q, k, attention.split_heads(attention.to_v(x))
+
+
 def _applies(x: Tensor) -> bool:
     return x.dtype == torch.float32 and not torch.is_grad_enabled()
 
@@ -44,5 +75,5 @@ def _applies(x: Tensor) -> bool:
 def _inverse(x: Tensor, eps: float) -> Tensor:
     """1 / sqrt(mean of squares + eps), (B, N, 1)."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    # eps + length^2 / D in one call: in small models it is the calls that take the time.
+    # eps + length^2 / D in one call; in place step by step would take twice as long.
     return torch.addcmul(torch.full((), eps), length, length, value=1 / x.shape[-1]).rsqrt_()

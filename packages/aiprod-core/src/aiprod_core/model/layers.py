@@ -83,29 +83,37 @@ class Attention(nn.Module):
         """
         context = x if context is None else context
         if keep is False:
-            out = self._split_heads(self.to_v(context))
+            out = self.split_heads(self.to_v(context))
         else:
-            q = self._split_heads(self._rotated(self.to_q(x), self.q_norm, rotary))
-            k, v = self.keys_values(context, rotary if context_rotary is None else context_rotary)
+            context_rotary = rotary if context_rotary is None else context_rotary
+            q, k, v = self.queries_keys_values(x, context, rotary, context_rotary)
             out = self.attend(q, k, v, mask)
             if isinstance(keep, Tensor):
                 out = torch.where(keep[..., None], out, v)
         out = out.transpose(1, 2)  # (B, N, heads, d)
         if self.to_gate_logits is not None:
-            out = out * (2 * torch.sigmoid(self.to_gate_logits(x)))[..., None]
+            gate = torch.sigmoid(self.to_gate_logits(x))
+            out = out * (gate + gate)[..., None]
         return out.flatten(2)
+
+    def queries_keys_values(
+        self, x: Tensor, context: Tensor, rotary: Rotary | None, context_rotary: Rotary | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, heads, N, d), and twice (B, heads, S, d)."""
+        q = self.split_heads(self._rotated(self.to_q(x), self.q_norm, rotary))
+        return q, *self.keys_values(context, context_rotary)
 
     def keys_values(self, context: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
         """What queries look up in `context` (B, S, context_width): (B, heads, S, d) each."""
         k = self._rotated(self.to_k(context), self.k_norm, rotary)
-        return self._split_heads(k), self._split_heads(self.to_v(context))
+        return self.split_heads(k), self.split_heads(self.to_v(context))
 
     def _rotated(self, x: Tensor, norm: nn.RMSNorm, rotary: Rotary | None) -> Tensor:
         return self.rotated_norm(x, norm.weight, norm.eps, rotary, self.heads)
 
-    def _split_heads(self, x: Tensor) -> Tensor:
+    def split_heads(self, x: Tensor) -> Tensor:
         # Not einops: torch.compile would trace through it, which doubles a block's compile time.
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+        return x.unflatten(-1, (self.heads, -1)).transpose(-3, -2)  # (..., heads, N, d)
 
 
 class FeedForward(nn.Module):

@@ -61,16 +61,16 @@ def rotary_frequencies(
 
 
 def rotate(x: Tensor, rotary: Rotary, heads: int) -> Tensor:
-    """Turns the pairs of x (B, N, D) by their angles, in the table's precision."""
+    """Turns the pairs of x (..., N, D) by their angles, in the table's precision."""
     if rotary.is_interleaved:
         cos, sin = rotary.cos, rotary.sin
-        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, N, D / 2)
+        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)  # (..., N, D / 2)
         turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        return turned.flatten(2).to(x.dtype)
+        return turned.flatten(-2).to(x.dtype)
     cos, sin = (table.unflatten(-1, (heads, 1, -1)) for table in rotary[:2])  # (.., heads, 1, d/2)
-    pairs = x.unflatten(-1, (heads, 2, -1))  # (B, N, heads, 2, d / 2)
+    pairs = x.unflatten(-1, (heads, 2, -1))  # (..., N, heads, 2, d / 2)
     turned = pairs * cos
     # In place, which saves two passes over x and the one that would put the halves together.
     turned[..., :1, :].addcmul_(pairs[..., 1:, :], sin, value=-1)
     turned[..., 1:, :].addcmul_(pairs[..., :1, :], sin)
-    return turned.flatten(2).to(x.dtype)
+    return turned.flatten(-3).to(x.dtype)

@@ -218,6 +218,11 @@ class Generator(nn.Module):
             width, config.channels, 7, padding=3, bias=config.use_bias_at_final
         )
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is a single generator without snakes; two of them have none of their own."""
+        return hasattr(self, "conv_pre") and not self.is_snake
+
     def forward(self, mel: Tensor) -> Tensor:
         if mel.shape[1] * mel.shape[3] != self.conv_pre.in_channels:
             raise InputError(
