@@ -6,6 +6,7 @@
         --transformer runs/transformer --generation configs/nano/generation.yaml \\
         --out nano-dev.safetensors
     python -m aiprod_trainer.export upsampler --run runs/spatial --out FILE
+    python -m aiprod_trainer.export decoder --run runs/video_decoder --model nano-dev.safetensors
     python -m aiprod_trainer.export scores --model nano-dev.safetensors --scores scores.json
 
 `codecs` also measures the statistics that normalise the latents, on clips of the world. Averaged
@@ -93,6 +94,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     upsampler = commands.add_parser("upsampler", help="a latent upsampler, in a file of its own")
     upsampler.add_argument("--run", type=Path, required=True, help="run of train_upsampler")
+    decoder = commands.add_parser(
+        "decoder", help="put a video decoder that was trained alone into a model"
+    )
+    decoder.add_argument("--run", type=Path, required=True, help="run of train_video_codec")
+    decoder.add_argument("--model", type=Path, required=True, help="the file that is changed")
     scores = commands.add_parser(
         "scores", help="write what `aiprod eval --json` found into a model's header"
     )
@@ -107,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
             "codecs": export_codecs,
             "model": export_model,
             "upsampler": export_upsampler,
+            "decoder": replace_decoder,
             "scores": write_scores,
         }[arguments.command](arguments)
     except InputError as error:
@@ -240,20 +247,50 @@ def export_upsampler(arguments: argparse.Namespace) -> None:
     )
 
 
+def replace_decoder(arguments: argparse.Namespace) -> None:
+    """Writes a run's video decoder over the model's own, with the dtypes that are there.
+
+    Raises InputError where the run trained the encoder too, whose latents the model then lacks, or
+    a decoder of another size.
+    """
+    config = _config(arguments.run)
+    if config["train"] != "decoder":
+        raise InputError(f"{arguments.run}: its latents changed too; train it with train: decoder.")
+    video = VideoVAE(VideoVAEConfig.from_metadata(config["vae"]))
+    video.load_state_dict(read_state(arguments.run / "state.safetensors", "average"))
+    tensors, metadata = _read(arguments.model)
+    for name, tensor in video.decoder.state_dict().items():
+        key = key_maps.VIDEO_DECODER.publish(name)
+        if key not in tensors or tensors[key].shape != tensor.shape:
+            raise InputError(f"{arguments.model}: {key} is missing or of another shape.")
+        tensors[key] = tensor.to(tensors[key].dtype).contiguous()
+    _replace(arguments.model, tensors, metadata)
+
+
 def write_scores(arguments: argparse.Namespace) -> None:
     """Puts an evaluation's single figures into the header, for `aiprod models show`."""
-    path = arguments.model
     try:
         found = json.loads(arguments.scores.read_text())
     except (OSError, ValueError) as error:
         raise InputError(f"{arguments.scores}: {error}; give what `eval --json` wrote.") from error
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
+    tensors, metadata = _read(arguments.model)
     found.pop("model", None)  # where the file lay then
     scores = {key: value for key, value in found.items() if isinstance(value, int | float | str)}
     metadata["scores"] = json.dumps(scores)
+    _replace(arguments.model, tensors, metadata)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file.")
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    return load_file(path), metadata
+
+
+def _replace(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    save_file(load_file(path), temporary, metadata=metadata)
+    save_file(tensors, temporary, metadata=metadata)
     temporary.replace(path)
 
 
