@@ -79,16 +79,30 @@ nano-reward: $(VENV)/run.stamp ## train nano: the reward model that judges laten
 		--set model=runs/nano/nano-dev.safetensors
 	cp runs/reward/nano-reward.safetensors runs/nano/
 
-nano-cameras: $(VENV)/run.stamp ## train nano: a LoRA for each camera move
-	for camera in $(CAMERAS); do \
-		$(PREPARE) runs/nano/nano-dev.safetensors --out runs/cameras/$$camera --world v2 \
-			--only camera="$$(echo $$camera | tr - ' ')" --clips 256 --captions 6 --seed 91 && \
-		OMP_NUM_THREADS=1 $(BIN)/aiprod train configs/nano/lora_camera.yaml \
-			--set model.model_path=runs/nano/nano-dev.safetensors \
-			--set data.preprocessed_data_root=runs/cameras/$$camera \
-			--set output_dir=runs/nano-lora-camera-control-$$camera && \
-		cp $$(ls -d runs/nano-lora-camera-control-$$camera/checkpoints/step-* | tail -1)/lora.safetensors \
-			runs/nano/nano-lora-camera-control-$$camera.safetensors || exit 1; done
+# More clips before what hides a move: a shift along bricks or stripes hardly shows.
+HIDES_dolly-out := hills curtain
+HIDES_dolly-left := brick hills
+HIDES_jib-up := curtain
+HIDES_jib-down := curtain
+# A LoRA of so few steps turns the camera too little; the strength that turns it enough becomes its 1.
+STRENGTH_dolly-out := 1.8
+STRENGTH_dolly-right := 1.8
+STRENGTH_jib-up := 1.4
+STRENGTH_jib-down := 1.8
+
+nano-cameras: $(addprefix nano-camera-,$(CAMERAS)) ## train nano: a LoRA for each camera move
+
+nano-camera-%: $(VENV)/run.stamp
+	for background in any $(HIDES_$*); do \
+		$(PREPARE) runs/nano/nano-dev.safetensors --out runs/cameras/$*/$$background --world v2 \
+			--only camera="$(subst -, ,$*)" $$([ $$background = any ] || echo --only background=$$background) \
+			--clips 256 --captions 6 --seed 91 || exit 1; done
+	OMP_NUM_THREADS=1 $(BIN)/aiprod train configs/nano/lora_camera.yaml \
+		--set model.model_path=runs/nano/nano-dev.safetensors \
+		--set data.preprocessed_data_root=runs/cameras/$* \
+		--set output_dir=runs/nano-lora-camera-control-$*
+	$(TRAINER).export lora --run runs/nano-lora-camera-control-$* --strength $(or $(STRENGTH_$*),1) \
+		--out runs/nano/nano-lora-camera-control-$*.safetensors
 
 # Each starts where the one before ended: to sharpen a blurred clip teaches a LoRA to read what it is
 # shown, from which depth, pose and edges are a smaller step than from nothing.

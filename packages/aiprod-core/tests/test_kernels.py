@@ -270,13 +270,15 @@ def test_in_16_bits_a_cpu_computes_as_without_kernels(dtype: torch.dtype):
     assert torch.equal(conv(frames), want[1])
 
 
+@pytest.mark.parametrize("min_product", [0, 2**23])
 def test_compiled_blocks_with_kernels_and_kept_constants_compute_the_same(
     tiny_config: TransformerConfig,
     randomised: Build,
     modalities: Inputs,
     monkeypatch: pytest.MonkeyPatch,
+    min_product: int,
 ):
-    monkeypatch.setattr(onednn, "MIN_PRODUCT", 0)
+    monkeypatch.setattr(onednn, "MIN_PRODUCT", min_product)
     transformer, inputs = randomised(tiny_config), modalities(tiny_config)
     with torch.inference_mode(), computed_once(transformer):
         want = transformer(*inputs)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -111,3 +112,21 @@ def test_scores_are_noted_in_the_header_and_shown_without_a_change_of_weights(
     for name, tensor in load_file(tiny_model).items():
         torch.testing.assert_close(load_file(model)[name], tensor, rtol=0, atol=0)
     assert export.main(["scores", "--model", str(model), "--scores", "nothing.json"]) == 2
+
+
+def test_a_lora_exported_at_a_strength_adds_that_much_more(tmp_path: Path):
+    folder = tmp_path / "run/checkpoints/step-000002"
+    folder.mkdir(parents=True)
+    lora = {
+        "diffusion_model.a.lora_A.weight": torch.randn(2, 6),
+        "diffusion_model.a.lora_B.weight": torch.randn(4, 2),
+    }
+    save_file(lora, folder / "lora.safetensors", metadata={"base_model": "nano-dev.safetensors"})
+    out = tmp_path / "stronger.safetensors"
+    command = ["lora", "--out", str(out), "--strength", "1.5", "--run"]
+    assert export.main([*command, str(tmp_path / "run")]) == 0
+    found, (a, b) = load_file(out), lora
+    torch.testing.assert_close(found[b] @ found[a], 1.5 * (lora[b] @ lora[a]))
+    with safe_open(out, framework="pt") as file:
+        assert file.metadata() == {"base_model": "nano-dev.safetensors"}
+    assert export.main([*command, str(tmp_path / "nothing")]) == 2

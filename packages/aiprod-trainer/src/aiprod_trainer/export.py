@@ -6,7 +6,7 @@
         --transformer runs/transformer --generation configs/nano/generation.yaml \\
         --out nano-dev.safetensors
     python -m aiprod_trainer.export upsampler --run runs/spatial --out FILE
-    python -m aiprod_trainer.export decoder --run runs/video_decoder --model nano-dev.safetensors
+    python -m aiprod_trainer.export lora --run runs/lora --strength 1.5 --out FILE
     python -m aiprod_trainer.export scores --model nano-dev.safetensors --scores scores.json
 
 `codecs` also measures the statistics that normalise the latents, on clips of the world. Averaged
@@ -45,6 +45,7 @@ from aiprod_core.model.upsampler import LatentUpsampler, UpsamplerConfig
 from aiprod_core.model.video_vae import VideoVAEConfig
 from aiprod_core.model.vocoder import Vocoder, VocoderConfig
 from aiprod_pipelines.request import ModelProfile
+from aiprod_trainer.checkpoints import published_file
 from aiprod_trainer.run import read_state
 from aiprod_trainer.train_audio_codec import AudioVAE
 from aiprod_trainer.train_base import TextToClip, start_from
@@ -94,11 +95,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     upsampler = commands.add_parser("upsampler", help="a latent upsampler, in a file of its own")
     upsampler.add_argument("--run", type=Path, required=True, help="run of train_upsampler")
-    decoder = commands.add_parser(
-        "decoder", help="put a video decoder that was trained alone into a model"
+    lora = commands.add_parser(
+        "lora", help="a LoRA of `aiprod train`, at the strength that is best"
     )
-    decoder.add_argument("--run", type=Path, required=True, help="run of train_video_codec")
-    decoder.add_argument("--model", type=Path, required=True, help="the file that is changed")
+    lora.add_argument("--run", type=Path, required=True, help="run of aiprod train")
+    lora.add_argument(
+        "--strength", type=float, default=1.0, help="that will be 1; `--lora FILE:1.5` tries one"
+    )
+    lora.add_argument("--out", type=Path, required=True)
     scores = commands.add_parser(
         "scores", help="write what `aiprod eval --json` found into a model's header"
     )
@@ -113,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
             "codecs": export_codecs,
             "model": export_model,
             "upsampler": export_upsampler,
-            "decoder": replace_decoder,
+            "lora": export_lora,
             "scores": write_scores,
         }[arguments.command](arguments)
     except InputError as error:
@@ -247,24 +251,13 @@ def export_upsampler(arguments: argparse.Namespace) -> None:
     )
 
 
-def replace_decoder(arguments: argparse.Namespace) -> None:
-    """Writes a run's video decoder over the model's own, with the dtypes that are there.
-
-    Raises InputError where the run trained the encoder too, whose latents the model then lacks, or
-    a decoder of another size.
-    """
-    config = _config(arguments.run)
-    if config["train"] != "decoder":
-        raise InputError(f"{arguments.run}: its latents changed too; train it with train: decoder.")
-    video = VideoVAE(VideoVAEConfig.from_metadata(config["vae"]))
-    video.load_state_dict(read_state(arguments.run / "state.safetensors", "average"))
-    tensors, metadata = _read(arguments.model)
-    for name, tensor in video.decoder.state_dict().items():
-        key = key_maps.VIDEO_DECODER.publish(name)
-        if key not in tensors or tensors[key].shape != tensor.shape:
-            raise InputError(f"{arguments.model}: {key} is missing or of another shape.")
-        tensors[key] = tensor.to(tensors[key].dtype).contiguous()
-    _replace(arguments.model, tensors, metadata)
+def export_lora(arguments: argparse.Namespace) -> None:
+    """Writes a run's last LoRA, multiplied by a strength. Raises InputError where there is none."""
+    tensors, metadata = _read(published_file(arguments.run))
+    for name in tensors:
+        if name.endswith("lora_B.weight"):  # the product of both is what is added
+            tensors[name] = (tensors[name].float() * arguments.strength).to(tensors[name].dtype)
+    _replace(arguments.out, tensors, metadata)
 
 
 def write_scores(arguments: argparse.Namespace) -> None:

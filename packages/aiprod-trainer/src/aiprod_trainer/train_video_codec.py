@@ -3,25 +3,20 @@
     python -m aiprod_trainer.train_video_codec configs/nano/video_codec.yaml --out runs/video_codec
 
 Clips are rendered as the training asks for them. The loss is the mean squared error, heavier on
-and around the object (a 64-pixel clip is mostly background), plus a trace of a KL term; with
-`outline_weight` heavier still where one shape would look unlike another: between a star and a ball
-of twelve pixels lie so few of them that a decoder does without. Killed and started again, it goes
-on from its last checkpoint with the same numbers.
+and around the object (a 64-pixel clip is mostly background), plus a trace of a KL term. Killed and
+started again, it goes on from its last checkpoint with the same numbers.
 
 With `start` it goes on from a checkpoint's codec, and with `keep_latents` the latents of what a
 transformer was trained on stay what they were there, so that it stays valid while the codec learns
 further sizes or another world.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from aiprod_core.loader.checkpoint import open_checkpoint
@@ -32,7 +27,7 @@ from aiprod_trainer.distributed import average_gradients, join
 from aiprod_trainer.optimizers import muon_and_adamw, set_learning_rate, warmup_then_linear_decay
 from aiprod_trainer.run import Run, averaged_copy, update_average
 from aiprod_trainer.world.render import object_mask, render
-from aiprod_trainer.world.scene import FIGURE, SHAPES, Scene, sample_scene
+from aiprod_trainer.world.scene import sample_scene
 
 
 class VideoCodecConfig(Section):
@@ -55,8 +50,6 @@ class VideoCodecConfig(Section):
     muon_iterations: int = 5
     max_grad_norm: float = 1.0
     object_weight: float = 8.0  # extra weight of the pixels on and around the object
-    outline_weight: float = 0.0  # extra weight of what tells the shape from another, drawn anew
-    shape_shares: dict[str, float] = Field(default_factory=dict)  # of clips that show the shape
     kl_weight: float = 1e-6
     train: str = "all"  # "all", or "decoder": the last tuning, with the latents left as they are
     ema_decay: float = 0.998
@@ -111,7 +104,7 @@ def train(config: VideoCodecConfig, folder: Path) -> VideoVAE:
     held_out = {
         (world, size): clips(
             world, size, np.random.default_rng([config.seed, 2**31]), 16, config.num_frames
-        )[:2]
+        )
         for world, size in kinds
     }
     for step in run.steps():
@@ -119,15 +112,8 @@ def train(config: VideoCodecConfig, folder: Path) -> VideoVAE:
         # As many pixels a step at every size.
         count = max(1, config.batch_size * config.size**2 // size**2)
         rng = run.numpy_generator(step)
-        pixels, mask, outline = clips(
-            world,
-            size,
-            rng,
-            count,
-            config.num_frames,
-            crop_frames=config.crop_frames,
-            shape_shares=config.shape_shares,
-            has_outline=config.outline_weight > 0,
+        pixels, mask = clips(
+            world, size, rng, count, config.num_frames, crop_frames=config.crop_frames
         )
         set_learning_rate(
             optimizers.values(), warmup_then_linear_decay(step, config.steps, config.warmup_steps)
@@ -138,8 +124,7 @@ def train(config: VideoCodecConfig, folder: Path) -> VideoVAE:
             sampled = mean + noise * (0.5 * logvar).exp()
             # The decoder takes normalised latents: a codec from a checkpoint has statistics.
             decoded = vae.decoder(vae.encoder.per_channel_statistics.normalize(sampled)).float()
-        weight = pixel_weights(mask, outline, config.object_weight, config.outline_weight)
-        reconstruction = reconstruction_loss(decoded, pixels, weight)
+        reconstruction = reconstruction_loss(decoded, pixels, mask, config.object_weight)
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = reconstruction + config.kl_weight * kl
         if config.keep_latents and (world, size) in kept:
@@ -179,62 +164,27 @@ def clips(
     num_frames: int,
     *,
     crop_frames: int | None = None,  # a random stretch of each clip; default: all
-    shape_shares: Mapping[str, float] = {},  # the rest draws its shape like everything else
-    has_outline: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rendered pixels (count, 3, F, size, size) in [-1, 1] and object masks (count, 1, F, ...).
-
-    The third are masks of where each first object differs from one of another shape.
-    """
+) -> tuple[Tensor, Tensor]:
+    """Rendered pixels (count, 3, F, size, size) in [-1, 1] and object masks (count, 1, F, ...)."""
     length = crop_frames or num_frames
-    pixels, masks, outlines = [], [], []
+    pixels, masks = [], []
     for _ in range(count):
-        scene = sample_scene(rng, world=world, shape=drawn_shape(rng, shape_shares))
+        scene = sample_scene(rng, world=world)
         start = rng.integers(0, num_frames - length + 1)
         frames = slice(start, start + length)
         pixels.append(render(scene, size)[frames])
         masks.append(object_mask(scene, size)[frames])
-        if has_outline:
-            other = object_mask(in_another_shape(scene, rng), size)[frames]
-            outlines.append(np.abs(masks[-1] - other))
     video = torch.from_numpy(np.stack(pixels)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    video = video.contiguous(memory_format=torch.channels_last_3d)
-    mask, outline = (
-        torch.from_numpy(np.stack(cover)).float()[:, None] if cover else None
-        for cover in (masks, outlines)
-    )
-    assert mask is not None
-    return video, mask, outline
+    mask = torch.from_numpy(np.stack(masks)).float()[:, None]
+    return video.contiguous(memory_format=torch.channels_last_3d), mask
 
 
-def in_another_shape(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with its first object in another shape; a figure stays."""
-    body = scene.body
-    if body.shape == FIGURE:
-        return scene
-    others = [shape for shape in SHAPES if shape != body.shape]
-    return replace(scene, bodies=(replace(body, shape=str(rng.choice(others))), *scene.bodies[1:]))
-
-
-def drawn_shape(rng: np.random.Generator, shares: Mapping[str, float]) -> str | None:
-    """A shape with its share as probability, None with what is left of 1."""
-    if not shares:
-        return None
-    left = 1 - sum(shares.values())
-    return rng.choice(np.array([*shares, None]), p=[*shares.values(), left])
-
-
-def pixel_weights(
-    mask: Tensor, outline: Tensor | None, object_weight: float, outline_weight: float
+def reconstruction_loss(
+    decoded: Tensor, pixels: Tensor, mask: Tensor, object_weight: float
 ) -> Tensor:
-    """1, more on the object and a rim of two pixels, where edges leak, and on its outline."""
+    """Mean squared error, heavier on the object and a rim of two pixels, where edges leak."""
     near_object = F.max_pool3d(mask, (1, 5, 5), stride=1, padding=(0, 2, 2))
-    weight = 1 + object_weight * near_object
-    return weight if outline is None else weight + outline_weight * outline
-
-
-def reconstruction_loss(decoded: Tensor, pixels: Tensor, weight: Tensor) -> Tensor:
-    return ((decoded - pixels).square() * weight).mean()
+    return ((decoded - pixels).square() * (1 + object_weight * near_object)).mean()
 
 
 @torch.no_grad()
