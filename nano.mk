@@ -86,6 +86,7 @@ HIDES_jib-up := curtain
 HIDES_jib-down := curtain
 # A LoRA of so few steps turns the camera too little; the strength that turns it enough becomes its 1.
 STRENGTH_dolly-out := 1.8
+STRENGTH_dolly-left := 1.8
 STRENGTH_dolly-right := 1.8
 STRENGTH_jib-up := 1.4
 STRENGTH_jib-down := 1.8
