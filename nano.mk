@@ -80,11 +80,13 @@ nano-reward: $(VENV)/run.stamp ## train nano: the reward model that judges laten
 	cp runs/reward/nano-reward.safetensors runs/nano/
 
 # More clips before what hides a move: a shift along bricks or stripes hardly shows.
+HIDES_dolly-in := hills
 HIDES_dolly-out := hills curtain
 HIDES_dolly-left := brick hills
 HIDES_jib-up := curtain
 HIDES_jib-down := curtain
 # A LoRA of so few steps turns the camera too little; the strength that turns it enough becomes its 1.
+STRENGTH_dolly-in := 1.5
 STRENGTH_dolly-out := 1.8
 STRENGTH_dolly-left := 1.8
 STRENGTH_dolly-right := 1.8
