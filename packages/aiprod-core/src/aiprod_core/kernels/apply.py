@@ -101,6 +101,7 @@ def _on_cpu(model: nn.Module) -> list[Swap]:
             kernel = partial(convolution.causal_conv3d, module)
             swaps.append(Swap("convolution in fewer multiplications", module, "forward", kernel))
         elif isinstance(module, AudioEncoder | AudioDecoder):
+            # PyTorch's own convolutions follow the weights' layout, so that nothing is swapped.
             module.to(memory_format=sound.LAST)  # type: ignore[call-overload]
         elif isinstance(module, Generator) and module.is_plain:
             for layer in module.modules():

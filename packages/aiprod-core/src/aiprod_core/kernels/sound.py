@@ -1,9 +1,9 @@
 """Convolutions of sound on a CPU, with channels last.
 
 Channels first, oneDNN brings a picture's values into blocks before and out of them after every
-convolution. Where channels are few that takes longer than the convolution: of a waveform, which is
-a picture of height 1, 16 channels, 31,520 samples and 3 taps take 0.5 ms so and 0.3 ms with
-channels last (AMD Zen 4, two threads). What is computed between convolutions keeps the layout.
+convolution, which shows where channels are few: of a waveform, which is a picture of height 1, 16
+channels, 31,520 samples and 3 taps take 0.5 to 0.6 ms so and 0.3 to 0.4 ms with channels last (AMD
+Zen 4, two threads). What is computed between convolutions keeps the layout.
 
 The autoencoder's convolutions follow the layout of their weights by themselves. Those of a plain
 vocoder have one axis, for which PyTorch knows no such layout; with gradients on, and in 16 bits,
