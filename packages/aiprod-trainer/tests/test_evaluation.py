@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from aiprod_core.errors import InputError
 from aiprod_pipelines import media
+from aiprod_trainer.evaluation.clips import make_clips, open_pipeline
 from aiprod_trainer.evaluation.commands import app
 from aiprod_trainer.evaluation.comparison import compare_rows
 from aiprod_trainer.evaluation.page import write_page
@@ -209,6 +211,26 @@ def test_a_stopped_evaluation_goes_on_with_the_clips_that_it_has(tiny_model, tmp
         assert key in first
     for key in ("camera", "sound", "sync_ms", "sync_shuffled_ms"):
         assert key in first
+
+
+def test_clips_that_another_run_replaced_are_not_judged(tiny_model, tmp_path, monkeypatch):
+    pipeline = open_pipeline(str(tiny_model), "one-stage")
+    made = pipeline.run
+
+    def run_beside_another(request):
+        if request.seed == 6:
+            shutil.copy(tmp_path / "theirs.mp4", tmp_path / "0000.mp4")
+        return made(request)
+
+    size = {"height": 64, "width": 64, "num_frames": 9}
+    prompts = [Prompt("a red ball"), Prompt("a ball")]
+    make_clips(pipeline, prompts[1:], tmp_path, seed=8, settings=size)
+    (tmp_path / "0000.mp4").rename(tmp_path / "theirs.mp4")
+    monkeypatch.setattr(pipeline, "run", run_beside_another)
+    with pytest.raises(InputError, match=r"1 of 2 clips .* such as 0000\.mp4"):
+        make_clips(pipeline, prompts, tmp_path, seed=5, settings=size)
+    monkeypatch.undo()
+    assert len(make_clips(pipeline, prompts, tmp_path, seed=5, settings=size)) == 2
 
 
 def test_files_and_folders_are_measured_without_a_model(rows, tmp_path):

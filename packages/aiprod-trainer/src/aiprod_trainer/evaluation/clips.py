@@ -42,7 +42,7 @@ def make_clips(
 
     A clip that is there and carries the recipe that would be followed now is kept, so a run that
     was stopped goes on; any other is made anew. Raises InputError for a setting before the first
-    clip is made.
+    clip is made, and where another run has replaced clips by its own meanwhile.
     """
     requests = [
         _request(pipeline, prompt.text, seed + number, settings)
@@ -58,6 +58,12 @@ def make_clips(
     for path, request in track(missing, f"clips of {pipeline.models.name}", console=console):
         with analytics.run("eval"):
             pipeline.run(request).save(path)
+    strange = [p.name for p, r in zip(paths, requests, strict=True) if not is_made(p, r)]
+    if strange:
+        raise InputError(
+            f"{folder}: another run wrote there; {len(strange)} of {len(paths)} clips are not "
+            f"those asked for, such as {strange[0]}. Start again, with a --clips-dir for each run."
+        )
     return paths
 
 

@@ -49,7 +49,7 @@ ClipsOption = Annotated[
     typer.Option(
         metavar="DIR",
         help="Where the clips are kept; a run that was stopped goes on there. Default: "
-        "outputs/eval/MODEL-PIPELINE.",
+        "outputs/eval/MODEL-PIPELINE-WORLD.",
     ),
 ]
 HtmlOption = Annotated[
@@ -111,7 +111,7 @@ def evaluate(
     world = world or _world_of(opened)
     asked = _prompts(prompts, num_prompts, world, seed)
     settings = _settings(setting or [])
-    folder = clips_dir or _default_folder(opened)
+    folder = clips_dir or _default_folder(opened, world)
     rows, scores = _score(opened, asked, folder, seed, settings)
     result: dict[str, Any] = {
         "model": opened.models.name,
@@ -338,9 +338,9 @@ def _settings(pairs: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def _default_folder(pipeline: "Pipeline") -> Path:
+def _default_folder(pipeline: "Pipeline", world: str) -> Path:
     name = pipeline.models.name.removesuffix(".safetensors").strip("/").replace("/", "_")
-    return Path("outputs/eval") / f"{name}-{pipeline.name}"
+    return Path("outputs/eval") / f"{name}-{pipeline.name}-{world}"
 
 
 def _check_targets(json_file: Path | None, html: Path | None) -> None:
