@@ -233,6 +233,19 @@ def test_clips_that_another_run_replaced_are_not_judged(tiny_model, tmp_path, mo
     assert len(make_clips(pipeline, prompts, tmp_path, seed=5, settings=size)) == 2
 
 
+def test_a_best_of_several_seeds_is_no_strange_clip(tmp_path):
+    """Though its recipe names the seed that was chosen, and so not the one asked for."""
+    settings = {"best_of": 2, "num_frames": 9, "num_inference_steps": 4}
+    (path,) = make_clips(
+        open_pipeline("nano", "one-stage"),
+        [Prompt("a red ball")],
+        tmp_path,
+        seed=5,
+        settings=settings,
+    )
+    assert path.is_file()
+
+
 def test_files_and_folders_are_measured_without_a_model(rows, tmp_path):
     out = tmp_path / "measures.json"
     found = run("eval", rows[0].file.parent, "--json", out, "--html", tmp_path / "page")

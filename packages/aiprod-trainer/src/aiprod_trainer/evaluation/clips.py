@@ -1,6 +1,7 @@
 """The clips of an evaluation: made once, kept as MP4 files with their recipes, gone on with."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,20 +52,27 @@ def make_clips(
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{number:04}.mp4" for number in range(len(requests))]
     is_made = _recogniser(pipeline)
-    missing = [(p, r) for p, r in zip(paths, requests, strict=True) if not is_made(p, r)]
+    written = {p: p.stat() for p, r in zip(paths, requests, strict=True) if is_made(p, r)}
+    missing = [(p, r) for p, r in zip(paths, requests, strict=True) if p not in written]
     console = Console(stderr=True, highlight=False)
-    if missing and len(missing) < len(paths):
-        console.print(f"{folder}: {len(paths) - len(missing)} clips are there already")
+    if missing and written:
+        console.print(f"{folder}: {len(written)} clips are there already")
     for path, request in track(missing, f"clips of {pipeline.models.name}", console=console):
         with analytics.run("eval"):
             pipeline.run(request).save(path)
-    strange = [p.name for p, r in zip(paths, requests, strict=True) if not is_made(p, r)]
+        written[path] = path.stat()
+    # Not by their recipes: best-of's and healing's name what came of the request.
+    strange = [p.name for p in paths if _version(p.stat()) != _version(written[p])]
     if strange:
         raise InputError(
             f"{folder}: another run wrote there; {len(strange)} of {len(paths)} clips are not "
             f"those asked for, such as {strange[0]}. Start again, with a --clips-dir for each run."
         )
     return paths
+
+
+def _version(stat: os.stat_result) -> tuple[int, int, int]:
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size
 
 
 def _request(
